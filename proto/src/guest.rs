@@ -1,0 +1,26 @@
+//! Ports and paths that the host and the guest must agree on.
+
+/// vsock context id of the guest. Each VMM has its own vsock device mapped to its own Unix socket,
+/// so every guest can have the same one (3 is the first that is not reserved, virtio 1.3 §5.10.4).
+pub const GUEST_CID: u64 = 3;
+
+/// vsock port on which the agent serves ttrpc.
+pub const AGENT_PORT: u32 = 1024;
+
+/// vsock port on which the agent accepts process streams; each begins with an 8-byte
+/// little-endian token (see `Streams` in `agent.proto`).
+pub const STREAM_PORT: u32 = 1025;
+
+/// Host vsock port that the agent knocks at once it listens on [`AGENT_PORT`] and
+/// [`STREAM_PORT`]: it sends a connection request, which the VMM always refuses and takes as the
+/// sign that the guest is ready. The guest can open no conversation with the host.
+pub const READY_PORT: u32 = 1026;
+
+/// Tag of the virtio-fs device that serves the sandbox's shared folder.
+pub const SHARE_TAG: &str = "bulkhead";
+
+/// Where the agent mounts that share in the guest.
+pub const SHARE_MOUNT: &str = "/run/bulkhead/shared";
+
+/// The agent in the guest's root image; PID 1.
+pub const AGENT_PATH: &str = "/sbin/bulkhead-agent";
