@@ -1,0 +1,117 @@
+//! Notifications from device to driver (virtio 1.3 §4.2.3.4).
+
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
+use vmm_sys_util::eventfd::EventFd;
+
+/// The InterruptStatus register, the interrupt line and the DEVICE_NEEDS_RESET condition; shared
+/// by a transport, which the driver reads, and the device's worker, which raises them.
+#[derive(Debug)]
+pub struct Interrupt {
+    line: EventFd,
+    status: AtomicU32,
+    needs_reset: AtomicBool,
+}
+
+impl Interrupt {
+    /// `line` is registered with KVM as an irqfd of an edge-triggered interrupt.
+    pub fn new(line: EventFd) -> Self {
+        Interrupt {
+            line,
+            status: AtomicU32::new(0),
+            needs_reset: AtomicBool::new(false),
+        }
+    }
+
+    /// Used buffer notification: a queue's used ring has new entries.
+    pub fn used_buffers(&self) {
+        self.raise(VIRTIO_MMIO_INT_VRING);
+    }
+
+    /// Configuration change notification.
+    pub fn config_changed(&self) {
+        self.raise(VIRTIO_MMIO_INT_CONFIG);
+    }
+
+    /// Sets DEVICE_NEEDS_RESET and tells the driver so (virtio 1.3 §2.1.2). Only the first call
+    /// until the next reset has an effect; `why` goes to the log.
+    pub fn needs_reset(&self, device: &str, why: &dyn std::fmt::Display) {
+        if !self.needs_reset.swap(true, Ordering::AcqRel) {
+            tracing::warn!("the {device} device needs a reset by its driver: {why}");
+            self.config_changed();
+        }
+    }
+
+    /// Whether DEVICE_NEEDS_RESET is set.
+    pub fn reset_needed(&self) -> bool {
+        self.needs_reset.load(Ordering::Acquire)
+    }
+
+    /// The InterruptStatus register.
+    pub(super) fn status(&self) -> u32 {
+        self.status.load(Ordering::Acquire)
+    }
+
+    /// The InterruptACK register.
+    pub(super) fn acknowledge(&self, bits: u32) {
+        self.status.fetch_and(!bits, Ordering::AcqRel);
+    }
+
+    /// The register as it was saved. What it says may have been on its way to the guest then, so
+    /// it is said again; a driver that knows it already reads a register of zeros.
+    pub(super) fn restore(&self, status: u32) {
+        let status = status & (VIRTIO_MMIO_INT_VRING | VIRTIO_MMIO_INT_CONFIG);
+        if status != 0 {
+            self.raise(status);
+        }
+    }
+
+    /// As after power-on. The device is not active then, so nobody raises anything meanwhile.
+    pub(super) fn reset(&self) {
+        self.status.store(0, Ordering::Release);
+        self.needs_reset.store(false, Ordering::Release);
+    }
+
+    fn raise(&self, bit: u32) {
+        // The driver reads the status after the interrupt, so the bit must be there before.
+        self.status.fetch_or(bit, Ordering::AcqRel);
+        // Fails only if the counter is full; KVM's irqfd has then not yet taken the last
+        // interrupt, which does for this one too.
+        if let Err(error) = self.line.write(1) {
+            tracing::debug!("raising an interrupt: {error}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
+    #[test]
+    fn bits_stay_until_acknowledged() {
+        let line = EventFd::new(EFD_NONBLOCK).unwrap();
+        let interrupt = Interrupt::new(line.try_clone().unwrap());
+        interrupt.used_buffers();
+        interrupt.config_changed();
+        assert_eq!(line.read().unwrap(), 2);
+        assert_eq!(interrupt.status(), 3);
+        interrupt.acknowledge(1);
+        assert_eq!(interrupt.status(), 2);
+        interrupt.acknowledge(u32::MAX);
+        assert_eq!(interrupt.status(), 0);
+    }
+
+    #[test]
+    fn needs_reset_is_told_once_until_reset() {
+        let line = EventFd::new(EFD_NONBLOCK).unwrap();
+        let interrupt = Interrupt::new(line.try_clone().unwrap());
+        interrupt.needs_reset("test", &"because");
+        interrupt.needs_reset("test", &"again");
+        assert_eq!(line.read().unwrap(), 1);
+        assert!(interrupt.reset_needed());
+        interrupt.reset();
+        assert!(!interrupt.reset_needed());
+        assert_eq!(interrupt.status(), 0);
+    }
+}

@@ -1,0 +1,445 @@
+//! A virtqueue in the hands of a device's worker.
+//!
+//! The driver configures a queue by registers ([`QueueConfig`], kept by the transport). At
+//! DRIVER_OK the configuration is validated once and becomes a [`Virtqueue`], which the driver
+//! can't change any more: what it writes to the registers later is not looked at.
+
+use super::Interrupt;
+use super::buffers::ChainError;
+use serde::{Deserialize, Serialize};
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::Ordering;
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
+
+/// A descriptor chain in guest memory.
+pub type Chain<'m> = DescriptorChain<&'m GuestMemoryMmap>;
+
+/// What the driver wrote into a queue's registers; nothing of it is checked.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueueConfig {
+    /// QueueSize, in descriptors.
+    pub size: u32,
+    /// QueueReady.
+    pub ready: bool,
+    /// QueueDesc: address of the descriptor table.
+    pub descriptor_table: u64,
+    /// QueueDriver: address of the available ring.
+    pub available_ring: u64,
+    /// QueueDevice: address of the used ring.
+    pub used_ring: u64,
+}
+
+/// Why a driver's queue configuration can't be used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum QueueConfigError {
+    /// Virtio 1.3 §2.7: queue sizes are powers of two, at most the size offered.
+    #[error("queue {index} has size {size}, not a power of two up to {max}")]
+    Size {
+        /// Which queue.
+        index: usize,
+        /// As configured.
+        size: u32,
+        /// As offered.
+        max: u16,
+    },
+    /// Virtio 1.3 §2.7: alignments are 16, 2 and 4 bytes.
+    #[error("the {part} of queue {index} is at {address:#x}, which is not aligned")]
+    Alignment {
+        /// Which queue.
+        index: usize,
+        /// Which of its three parts.
+        part: &'static str,
+        /// As configured.
+        address: u64,
+    },
+    /// A part lies outside RAM, if only with its last byte.
+    #[error("the {part} of queue {index} at {address:#x} does not lie in guest memory")]
+    OutsideMemory {
+        /// Which queue.
+        index: usize,
+        /// Which of its three parts.
+        part: &'static str,
+        /// As configured.
+        address: u64,
+    },
+    /// Address 0 is where a queue is that was never configured; virtio-queue refuses it too.
+    #[error("queue {index} is ready but its {part} was not configured")]
+    Unconfigured {
+        /// Which queue.
+        index: usize,
+        /// Which of its three parts.
+        part: &'static str,
+    },
+}
+
+impl QueueConfig {
+    /// Checks the configuration of queue `index` (virtio 1.3 §2.7) and makes the ring of it. A
+    /// queue that is not ready gives a ring that never has chains.
+    pub fn validate(
+        &self,
+        index: usize,
+        max: u16,
+        event_idx: bool,
+        mem: &GuestMemoryMmap,
+    ) -> Result<Queue, QueueConfigError> {
+        let size_error = QueueConfigError::Size {
+            index,
+            size: self.size,
+            max,
+        };
+        let mut ring = Queue::new(max).map_err(|_| size_error)?;
+        if !self.ready {
+            return Ok(ring);
+        }
+        let size = u16::try_from(self.size).map_err(|_| size_error)?;
+        ring.try_set_size(size).map_err(|_| size_error)?;
+        let entries = usize::from(size);
+        // Lengths: virtio 1.3 §2.7; each ring ends with a 16-bit event field.
+        let parts = [
+            ("descriptor table", self.descriptor_table, 16, 16 * entries),
+            ("available ring", self.available_ring, 2, 6 + 2 * entries),
+            ("used ring", self.used_ring, 4, 6 + 8 * entries),
+        ];
+        for (part, address, alignment, length) in parts {
+            if address == 0 {
+                return Err(QueueConfigError::Unconfigured { index, part });
+            }
+            if address % alignment != 0 {
+                return Err(QueueConfigError::Alignment {
+                    index,
+                    part,
+                    address,
+                });
+            }
+            if mem.get_slice(GuestAddress(address), length).is_err() {
+                return Err(QueueConfigError::OutsideMemory {
+                    index,
+                    part,
+                    address,
+                });
+            }
+        }
+        let halves = |address: u64| (Some(address as u32), Some((address >> 32) as u32));
+        let (low, high) = halves(self.descriptor_table);
+        ring.set_desc_table_address(low, high);
+        let (low, high) = halves(self.available_ring);
+        ring.set_avail_ring_address(low, high);
+        let (low, high) = halves(self.used_ring);
+        ring.set_used_ring_address(low, high);
+        ring.set_event_idx(event_idx);
+        ring.set_ready(true);
+        Ok(ring)
+    }
+}
+
+/// Why a ring can't go on from the indices with which it was saved.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "queue {index} was saved at {next_avail} available and {next_used} used chains, which its rings \
+     in guest memory contradict: {why}"
+)]
+pub struct QueueIndexError {
+    index: usize,
+    next_avail: u16,
+    next_used: u16,
+    why: &'static str,
+}
+
+/// Where a device had come to in a ring.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueuePosition {
+    /// Chains taken so far, modulo 2^16.
+    pub next_avail: u16,
+    /// Chains given back so far, modulo 2^16.
+    pub next_used: u16,
+}
+
+impl QueuePosition {
+    /// Puts `ring`, queue `index`, which was just validated, there. No chain may be with the
+    /// device, the used ring must end there, and no more chains wait than the ring has room for.
+    pub fn apply(
+        self,
+        index: usize,
+        ring: &mut Queue,
+        mem: &GuestMemoryMmap,
+    ) -> Result<(), QueueIndexError> {
+        let refuse = |why| QueueIndexError {
+            index,
+            next_avail: self.next_avail,
+            next_used: self.next_used,
+            why,
+        };
+        if !ring.ready() {
+            return match self {
+                QueuePosition {
+                    next_avail: 0,
+                    next_used: 0,
+                } => Ok(()),
+                _ => Err(refuse("the queue is not in use")),
+            };
+        }
+        if self.next_avail != self.next_used {
+            return Err(refuse("chains were not finished"));
+        }
+        let used = ring.used_idx(mem, Ordering::Relaxed);
+        if !used.is_ok_and(|used| used.0 == self.next_used) {
+            return Err(refuse("the used ring ends elsewhere"));
+        }
+        let available = ring.avail_idx(mem, Ordering::Relaxed);
+        if !available
+            .is_ok_and(|available| available.0.wrapping_sub(self.next_avail) <= ring.size())
+        {
+            return Err(refuse("the available ring ends elsewhere"));
+        }
+        ring.set_next_avail(self.next_avail);
+        ring.set_next_used(self.next_used);
+        Ok(())
+    }
+}
+
+/// The driver broke the rules of the ring or of a descriptor chain: the device needs a reset.
+#[derive(Debug, thiserror::Error)]
+pub enum RingError {
+    /// Ring indices or addresses are impossible.
+    #[error("the ring is broken: {0}")]
+    Ring(virtio_queue::Error),
+    /// A chain is impossible.
+    #[error(transparent)]
+    Chain(#[from] ChainError),
+}
+
+impl From<virtio_queue::Error> for RingError {
+    fn from(error: virtio_queue::Error) -> Self {
+        RingError::Ring(error)
+    }
+}
+
+/// A ring that the driver configured and the descriptor by which the driver notifies.
+#[derive(Debug)]
+pub struct Virtqueue {
+    ring: Queue,
+    kick: EventFd,
+}
+
+impl AsRawFd for Virtqueue {
+    /// The descriptor that becomes readable when the driver notifies.
+    fn as_raw_fd(&self) -> RawFd {
+        self.kick.as_raw_fd()
+    }
+}
+
+impl Virtqueue {
+    /// `kick` is non-blocking and registered as the queue's ioeventfd.
+    pub fn new(ring: Queue, kick: EventFd) -> Self {
+        Virtqueue { ring, kick }
+    }
+
+    /// Where the device has come to.
+    pub fn position(&self) -> QueuePosition {
+        QueuePosition {
+            next_avail: self.ring.next_avail(),
+            next_used: self.ring.next_used(),
+        }
+    }
+
+    /// Gives up the ring and hands back the descriptor.
+    pub fn into_kick(self) -> EventFd {
+        self.kick
+    }
+
+    /// The ring's indices and addresses.
+    #[cfg(test)]
+    pub fn state(&self) -> virtio_queue::QueueState {
+        self.ring.state()
+    }
+
+    /// Takes note of the driver's notification.
+    pub fn take_kick(&self) {
+        // WouldBlock when there was none; nothing else can fail.
+        let _ = self.kick.read();
+    }
+
+    /// Wakes the worker up once more, for work that it has left for fairness.
+    pub fn rearm(&self) {
+        // Fails only if the counter is full, and then the worker wakes up anyway.
+        let _ = self.kick.write(1);
+    }
+
+    /// Takes the next available chain.
+    pub fn pop<'m>(&mut self, mem: &'m GuestMemoryMmap) -> Result<Option<Chain<'m>>, RingError> {
+        if !self.ring.ready() {
+            return Ok(None);
+        }
+        Ok(self.ring.iter(mem)?.next())
+    }
+
+    /// Puts back the chain taken last.
+    pub fn undo_pop(&mut self) {
+        self.ring.go_to_previous_position();
+    }
+
+    /// Returns a chain to the driver with `len` bytes written to it.
+    pub fn push(&mut self, mem: &GuestMemoryMmap, head: u16, len: u32) -> Result<(), RingError> {
+        Ok(self.ring.add_used(mem, head, len)?)
+    }
+
+    /// Asks the driver to notify from now on; true if chains have become available meanwhile.
+    pub fn enable_notification(&mut self, mem: &GuestMemoryMmap) -> Result<bool, RingError> {
+        if !self.ring.ready() {
+            return Ok(false);
+        }
+        Ok(self.ring.enable_notification(mem)?)
+    }
+
+    /// Tells the driver that it needn't notify.
+    pub fn disable_notification(&mut self, mem: &GuestMemoryMmap) -> Result<(), RingError> {
+        if !self.ring.ready() {
+            return Ok(());
+        }
+        Ok(self.ring.disable_notification(mem)?)
+    }
+
+    /// Interrupts the driver if chains were pushed and it wants to know (virtio 1.3 §2.7.7.2).
+    pub fn notify(
+        &mut self,
+        mem: &GuestMemoryMmap,
+        interrupt: &Interrupt,
+    ) -> Result<(), RingError> {
+        if self.ring.ready() && self.ring.needs_notification(mem)? {
+            interrupt.used_buffers();
+        }
+        Ok(())
+    }
+
+    /// Serves available chains until there are none, or `budget` chains were served: then the
+    /// worker is woken up again, after others have had their turn.
+    ///
+    /// `serve` returns the number of bytes that it wrote into the chain.
+    pub fn serve<'m, F>(
+        &mut self,
+        mem: &'m GuestMemoryMmap,
+        interrupt: &Interrupt,
+        budget: usize,
+        mut serve: F,
+    ) -> Result<(), RingError>
+    where
+        F: FnMut(Chain<'m>) -> Result<u32, RingError>,
+    {
+        let mut served = 0;
+        self.disable_notification(mem)?;
+        loop {
+            if served == budget {
+                self.rearm();
+                break;
+            }
+            match self.pop(mem)? {
+                Some(chain) => {
+                    served += 1;
+                    let head = chain.head_index();
+                    let len = serve(chain)?;
+                    self.push(mem, head, len)?;
+                }
+                None if self.enable_notification(mem)? => self.disable_notification(mem)?,
+                None => break,
+            }
+        }
+        if served > 0 {
+            self.notify(mem, interrupt)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const MEM: u64 = 0x10000;
+
+    fn memory() -> GuestMemoryMmap {
+        GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEM as usize)]).unwrap()
+    }
+
+    fn good() -> QueueConfig {
+        QueueConfig {
+            size: 16,
+            ready: true,
+            descriptor_table: 0x1000,
+            available_ring: 0x2000,
+            used_ring: 0x3000,
+        }
+    }
+
+    #[test]
+    fn sizes_other_than_powers_of_two_are_refused() {
+        let mem = memory();
+        for size in [0, 3, 15, 64, 128, 0x1_0010, u32::MAX] {
+            let config = QueueConfig { size, ..good() };
+            assert!(matches!(
+                config.validate(0, 32, true, &mem),
+                Err(QueueConfigError::Size { .. })
+            ));
+        }
+        for size in [1, 2, 16, 32] {
+            let ring = QueueConfig { size, ..good() }.validate(0, 32, true, &mem);
+            assert_eq!(u32::from(ring.unwrap().size()), size);
+        }
+    }
+
+    #[test]
+    fn the_last_byte_of_each_part_must_lie_in_memory() {
+        let mem = memory();
+        // Exactly at the end of memory is good, one alignment step further is not.
+        for (length, step, set) in [
+            (
+                16 * 16,
+                16,
+                (|c, a| c.descriptor_table = a) as fn(&mut QueueConfig, u64),
+            ),
+            (6 + 2 * 16, 2, |c, a| c.available_ring = a),
+            (6 + 8 * 16 + 2, 4, |c, a| c.used_ring = a),
+        ] {
+            let mut config = good();
+            set(&mut config, MEM - length);
+            config.validate(0, 32, true, &mem).unwrap();
+            set(&mut config, MEM - length + step);
+            assert!(matches!(
+                config.validate(0, 32, true, &mem),
+                Err(QueueConfigError::OutsideMemory { .. })
+            ));
+            set(&mut config, 0u64.wrapping_sub(step));
+            assert!(config.validate(0, 32, true, &mem).is_err());
+            set(&mut config, MEM - length - step / 2);
+            assert!(matches!(
+                config.validate(0, 32, true, &mem),
+                Err(QueueConfigError::Alignment { .. })
+            ));
+        }
+    }
+
+    proptest! {
+        /// Any configuration is refused, or gives a ring that can be read and answered without an
+        /// error of guest memory.
+        #[test]
+        fn validated_rings_lie_in_memory(
+            size in prop_oneof![0u32..64, any::<u32>()],
+            descriptor_table in prop_oneof![0..MEM + 64, any::<u64>()],
+            available_ring in prop_oneof![0..MEM + 64, any::<u64>()],
+            used_ring in prop_oneof![0..MEM + 64, any::<u64>()],
+            event_idx: bool,
+        ) {
+            let mem = memory();
+            let config = QueueConfig { size, ready: true, descriptor_table, available_ring, used_ring };
+            if let Ok(mut ring) = config.validate(0, 32, event_idx, &mem) {
+                prop_assert!(ring.enable_notification(&mem).is_ok());
+                for _ in 0..=size {
+                    prop_assert!(ring.add_used(&mem, 0, 0).is_ok());
+                }
+                prop_assert!(ring.needs_notification(&mem).is_ok());
+            }
+        }
+    }
+}
