@@ -1,0 +1,219 @@
+//! Mounts on the host: a task's root file system, what is bound into the share, and taking all of
+//! it away again.
+
+mod mountinfo;
+mod options;
+mod rootfs;
+
+pub(crate) use mountinfo::mounts_below;
+pub use rootfs::RootfsMount;
+pub(crate) use rootfs::mount_rootfs;
+
+use crate::spec::Bind;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use std::ffi::CString;
+use std::fs::{self, OpenOptions};
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+/// A mount that failed.
+#[derive(Debug, thiserror::Error)]
+pub enum MountError {
+    /// The kernel refused.
+    #[error("cannot {verb} {target}{from}: {cause}", target = .target.display())]
+    Failed {
+        /// What was tried.
+        verb: &'static str,
+        /// Where.
+        target: PathBuf,
+        /// " from SOURCE", or empty.
+        from: String,
+        /// Why.
+        cause: io::Error,
+    },
+    /// An option that can't be honoured.
+    #[error("cannot mount {target}: option {option:?}: {problem}", target = .target.display())]
+    Option {
+        /// Where.
+        target: PathBuf,
+        /// The option.
+        option: String,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+    /// There is no root file system.
+    #[error(
+        "the container's root file system {path} does not exist or is no folder: {cause}",
+        path = .path.display()
+    )]
+    NoRootfs {
+        /// Where it should be.
+        path: PathBuf,
+        /// Why it can't be used.
+        cause: io::Error,
+    },
+    /// The table of mounts can't be read.
+    #[error("cannot read /proc/self/mountinfo: {0}")]
+    Mountinfo(io::Error),
+}
+
+fn failed(
+    verb: &'static str,
+    target: &Path,
+    source: Option<&Path>,
+    cause: impl Into<io::Error>,
+) -> MountError {
+    let from = source
+        .map(|source| format!(" from {}", source.display()))
+        .unwrap_or_default();
+    MountError::Failed {
+        verb,
+        target: target.into(),
+        from,
+        cause: cause.into(),
+    }
+}
+
+/// Binds `skeleton` read-only at `share`, as the root of what the guest sees: the host makes mount
+/// points in the skeleton, the guest can make or swap none.
+pub(crate) fn mount_share(skeleton: &Path, share: &Path) -> Result<(), MountError> {
+    let bind = bind_flags(false);
+    mount(Some(skeleton), share, None::<&str>, bind, None::<&str>)
+        .map_err(|errno| failed("bind", share, Some(skeleton), errno))?;
+    let finish = || {
+        set_attributes(share, true, false)?;
+        // Out of the peer group of the file system that it came from, or each later mount would
+        // appear in the skeleton too; then shared anew, so that a VMM with a mount namespace of
+        // its own receives the mounts that come later.
+        for flags in [MsFlags::MS_PRIVATE, MsFlags::MS_SHARED] {
+            mount(None::<&str>, share, None::<&str>, flags, None::<&str>)
+                .map_err(|errno| failed("set the propagation of", share, None, errno))?;
+        }
+        Ok(())
+    };
+    finish().inspect_err(|_| unmount_logged(share))
+}
+
+/// Binds a container's root or a bind mount's source at `target` below the share.
+pub(crate) fn bind_into_share(
+    source: &Path,
+    target: &Path,
+    readonly: bool,
+    recursive: bool,
+) -> Result<(), MountError> {
+    mount(
+        Some(source),
+        target,
+        None::<&str>,
+        bind_flags(recursive),
+        None::<&str>,
+    )
+    .map_err(|errno| failed("bind", target, Some(source), errno))?;
+    let finish = || {
+        // A slave sees what the host mounts there later, and unmounting here takes nothing away
+        // from the host.
+        let slave = if recursive {
+            MsFlags::MS_SLAVE | MsFlags::MS_REC
+        } else {
+            MsFlags::MS_SLAVE
+        };
+        mount(None::<&str>, target, None::<&str>, slave, None::<&str>)
+            .map_err(|errno| failed("set the propagation of", target, None, errno))?;
+        set_attributes(target, readonly, recursive)
+    };
+    finish().inspect_err(|_| unmount_logged(target))
+}
+
+/// Makes the mount points of a container in the skeleton.
+pub(crate) fn make_mount_points(folder: &Path, binds: &[Bind]) -> io::Result<()> {
+    let mounts = folder.join("mounts");
+    fs::create_dir(folder)?;
+    fs::create_dir(folder.join("rootfs"))?;
+    fs::create_dir(&mounts)?;
+    for bind in binds {
+        let target = mounts.join(bind.number.to_string());
+        if bind.is_dir {
+            fs::create_dir(target)?;
+        } else {
+            OpenOptions::new()
+                .write(true)
+                .create_new(true)
+                .mode(0o600)
+                .open(target)?;
+        }
+    }
+    Ok(())
+}
+
+/// Unmounts everything at and below `path`, newest first. Idempotent.
+pub(crate) fn unmount_tree(path: &Path) -> Result<(), MountError> {
+    // More than one round: a mount can hide another at the same place.
+    for _ in 0..8 {
+        let mounts = mounts_below(path)?;
+        if mounts.is_empty() {
+            return Ok(());
+        }
+        for target in mounts.iter().rev() {
+            match umount2(target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+                // EINVAL: it went away with its parent.
+                Ok(()) | Err(nix::errno::Errno::EINVAL | nix::errno::Errno::ENOENT) => {}
+                Err(errno) => return Err(failed("unmount", target, None, errno)),
+            }
+        }
+    }
+    match mounts_below(path)?.first() {
+        None => Ok(()),
+        Some(left) => {
+            let cause = io::Error::other("something keeps mounting there");
+            Err(failed("unmount", left, None, cause))
+        }
+    }
+}
+
+fn unmount_logged(path: &Path) {
+    if let Err(error) = unmount_tree(path) {
+        tracing::warn!(%error, "undoing a mount failed");
+    }
+}
+
+fn bind_flags(recursive: bool) -> MsFlags {
+    if recursive {
+        MsFlags::MS_BIND | MsFlags::MS_REC
+    } else {
+        MsFlags::MS_BIND
+    }
+}
+
+/// Sets nosuid and nodev, and read-only where asked for: the VMM serves these files to a guest
+/// that may have broken it, so device nodes must not open and nothing read-only be writable.
+fn set_attributes(target: &Path, readonly: bool, recursive: bool) -> Result<(), MountError> {
+    let fail = |cause: io::Error| failed("set the attributes of", target, None, cause);
+    let path = CString::new(target.as_os_str().as_bytes()).map_err(|e| fail(e.into()))?;
+    let mut attributes = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
+    if readonly {
+        attributes |= libc::MOUNT_ATTR_RDONLY;
+    }
+    // SAFETY: mount_attr is plain data for which all zeroes is valid.
+    let mut request: libc::mount_attr = unsafe { std::mem::zeroed() };
+    request.attr_set = attributes;
+    let flags = if recursive { libc::AT_RECURSIVE } else { 0 };
+    // SAFETY: `path` is a C string and `request` a mount_attr of the size given; both outlive the
+    // call, which only reads them.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            libc::AT_FDCWD,
+            path.as_ptr(),
+            flags,
+            &raw const request,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(fail(io::Error::last_os_error()))
+    }
+}

@@ -1,0 +1,134 @@
+//! Everything about a container that can be checked and done without a VM: first all checks, then
+//! the root file system's mounts.
+
+use crate::boot::BootPlan;
+use crate::error::{Error, Result};
+use crate::folder::{Locator, RuntimeFolder};
+use crate::ids::{ContainerId, Namespace, SandboxId};
+use crate::images::Images;
+use crate::mounts::{MountError, mount_rootfs, unmount_tree};
+use crate::pod::{self, PodSettings, Role};
+use crate::sandbox::CreateContainer;
+use crate::sizing::{host_memory, machine_size};
+use crate::spec::{BundleSpec, GuestSpec};
+use crate::stdio::Stdio;
+use std::path::{Path, PathBuf};
+
+/// A container that is ready to be set up in a guest.
+pub(crate) struct Prepared {
+    pub id: ContainerId,
+    pub bundle: PathBuf,
+    pub role: Role,
+    pub spec: BundleSpec,
+    pub guest: GuestSpec,
+    pub stdio: Stdio,
+    /// How to boot the sandbox's VM if this container is its first.
+    pub plan: BootPlan,
+}
+
+/// What the sandbox knows when a container is prepared.
+pub(crate) struct Context {
+    pub sandbox: SandboxId,
+    pub namespace: Namespace,
+    /// A VM runs or is being booted, so its images and size are settled.
+    pub vm_exists: bool,
+    pub pod: PodSettings,
+}
+
+/// Checks `request` and mounts its root. On failure nothing is left.
+pub(crate) fn prepare(request: &CreateContainer, context: &Context) -> Result<Prepared> {
+    let prepared = check(request, context)?;
+    if prepared.role == Role::PodSandbox {
+        // Nothing of the pause image is used.
+        Locator::write(&request.bundle, &prepared.plan.folder, &context.sandbox)?;
+        return Ok(prepared);
+    }
+    let mounted = mount(request, &prepared, context);
+    if mounted.is_err() {
+        undo(&request.bundle);
+    }
+    mounted.map(|()| prepared)
+}
+
+fn check(request: &CreateContainer, context: &Context) -> Result<Prepared> {
+    let config = &request.config;
+    let spec = BundleSpec::load(&request.bundle)?;
+    let role = pod::role(&spec.annotations());
+    let stdio = Stdio::parse(&request.stdio)?;
+    let mut guest = match role {
+        // Its mounts and namespaces are the host's; no process of it exists.
+        Role::PodSandbox => GuestSpec {
+            spec: Default::default(),
+            binds: Vec::new(),
+        },
+        _ => spec.for_guest(&request.id, &context.pod)?,
+    };
+    if let Some(process) = guest.spec.process_mut() {
+        process.set_terminal(Some(request.stdio.terminal));
+    }
+    let size = machine_size(
+        config,
+        spec.limits(),
+        if context.vm_exists {
+            u64::MAX
+        } else {
+            host_memory()?
+        },
+    );
+    let plan = BootPlan {
+        sandbox: context.sandbox.clone(),
+        config: config.clone(),
+        folder: RuntimeFolder::new(&config.runtime_dir, &context.namespace, &context.sandbox),
+        size: size?,
+        netns: spec.host_netns(),
+        hostname: spec.hostname().map(str::to_owned),
+    };
+    if !context.vm_exists {
+        Images::open(config)?;
+    }
+    let (id, bundle) = (request.id.clone(), request.bundle.clone());
+    Ok(Prepared {
+        id,
+        bundle,
+        role,
+        spec,
+        guest,
+        stdio,
+        plan,
+    })
+}
+
+fn mount(request: &CreateContainer, prepared: &Prepared, context: &Context) -> Result<()> {
+    Locator::write(&request.bundle, &prepared.plan.folder, &context.sandbox)?;
+    mount_rootfs(&request.rootfs, &rootfs(&request.bundle))?;
+    let path = prepared.spec.root_path();
+    let missing = |cause| {
+        Error::from(MountError::NoRootfs {
+            path: path.clone(),
+            cause,
+        })
+    };
+    match path.metadata() {
+        Ok(metadata) if metadata.is_dir() => Ok(()),
+        Ok(_) => Err(missing(std::io::Error::from_raw_os_error(libc::ENOTDIR))),
+        Err(cause) => Err(missing(cause)),
+    }
+}
+
+/// Where containerd expects a task's root to be mounted.
+fn rootfs(bundle: &Path) -> PathBuf {
+    bundle.join("rootfs")
+}
+
+/// Unmounts a container's root. Idempotent.
+pub(crate) fn unmount_rootfs(bundle: &Path) -> std::result::Result<(), MountError> {
+    unmount_tree(&rootfs(bundle))
+}
+
+/// Takes back what [`prepare`] did.
+pub(crate) fn undo(bundle: &Path) {
+    if let Err(error) = unmount_rootfs(bundle) {
+        tracing::error!(%error, "undoing a failed create left a mount");
+    }
+    Locator::remove(bundle);
+}

@@ -1,0 +1,106 @@
+//! Namespaces: what a path to one of the host's means when the container is in a VM.
+//!
+//! | namespace | without a path | with a path |
+//! |---|---|---|
+//! | network | a new one in the guest | the guest's root network, which is the pod's; on the host the VMM lives in the one named |
+//! | ipc | a new one in the guest | the guest's root one, which the pod's containers share |
+//! | uts | a new one in the guest | a new one, with the pod's host name |
+//! | pid | a new one in the guest | in a pod, that of a process: the guest's root one, which the pod's containers then share; else refused |
+//! | mount, cgroup | a new one in the guest | refused |
+//! | user, time | left to the agent | refused |
+
+use super::{SpecError, unsupported};
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use std::path::{Path, PathBuf};
+
+/// The host network namespace for the VMM process, whose pid the task reports. Daemons wire a
+/// task's network by that pid, so it must not be the host's own unless the spec says so.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum HostNetns {
+    /// The host's own: the spec has no network namespace.
+    Host,
+    /// A fresh one.
+    New,
+    /// An existing one, by path.
+    Path(PathBuf),
+}
+
+pub(super) fn host_netns(spec: &Spec) -> HostNetns {
+    let namespaces = spec
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.namespaces().as_ref());
+    let network = namespaces.and_then(|all| {
+        all.iter()
+            .find(|one| one.typ() == LinuxNamespaceType::Network)
+    });
+    match network {
+        None => HostNetns::Host,
+        Some(network) => match network.path() {
+            None => HostNetns::New,
+            Some(path) if path.as_os_str().is_empty() => HostNetns::New,
+            Some(path) => HostNetns::Path(path.clone()),
+        },
+    }
+}
+
+pub(super) fn translate(
+    spec: &mut Spec,
+    pod_hostname: Option<&str>,
+    in_pod: bool,
+) -> Result<(), SpecError> {
+    let Some(linux) = spec.linux_mut() else {
+        return Ok(());
+    };
+    let Some(namespaces) = linux.namespaces_mut() else {
+        return Ok(());
+    };
+    let mut kept = Vec::with_capacity(namespaces.len());
+    let mut joins_pod_uts = false;
+    for (n, mut namespace) in namespaces.drain(..).enumerate() {
+        let path = namespace
+            .path()
+            .clone()
+            .filter(|path| !path.as_os_str().is_empty());
+        let Some(path) = path else {
+            namespace.set_path(None);
+            kept.push(namespace);
+            continue;
+        };
+        match namespace.typ() {
+            // A namespace that isn't listed is inherited from the runtime (OCI runtime spec,
+            // config-linux, "Namespaces"); the agent's own are the pod's.
+            LinuxNamespaceType::Network | LinuxNamespaceType::Ipc => {}
+            // The sandbox's or another container's, of which the pid is the VMM's in either case.
+            LinuxNamespaceType::Pid if in_pod && is_of_process(&path) => {}
+            LinuxNamespaceType::Uts => {
+                joins_pod_uts = true;
+                namespace.set_path(None);
+                kept.push(namespace);
+            }
+            other => {
+                return Err(unsupported(
+                    format!("linux.namespaces[{n}].path"),
+                    format!(
+                        "{} is a {other:?} namespace of the host, which a container in a VM cannot \
+                         join; leave the path out",
+                        path.display()
+                    ),
+                ));
+            }
+        }
+    }
+    *namespaces = kept;
+    if joins_pod_uts && spec.hostname().is_none() {
+        spec.set_hostname(pod_hostname.map(str::to_owned));
+    }
+    Ok(())
+}
+
+/// Whether `path` is `/proc/PID/ns/pid`.
+fn is_of_process(path: &Path) -> bool {
+    let pid = path
+        .to_str()
+        .and_then(|path| path.strip_prefix("/proc/")?.strip_suffix("/ns/pid"));
+    pid.is_some_and(|pid| pid.parse::<u32>().is_ok_and(|pid| pid > 0))
+}

@@ -1,0 +1,314 @@
+use super::*;
+use oci_spec::runtime::LinuxNamespaceType;
+use serde_json::{Value, json};
+
+struct Bundle(tempfile::TempDir);
+
+impl Bundle {
+    fn new(spec: &Value) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("config.json"), spec.to_string()).unwrap();
+        Self(dir)
+    }
+    fn load(&self) -> Result<BundleSpec, SpecError> {
+        BundleSpec::load(self.0.path())
+    }
+}
+
+fn minimal() -> Value {
+    json!({
+        "ociVersion": "1.0.2",
+        "root": {"path": "rootfs"},
+        "process": {"cwd": "/", "args": ["true"], "user": {"uid": 0, "gid": 0},
+                    "apparmorProfile": "docker-default"},
+        "linux": {"namespaces": [{"type": "pid"}]},
+    })
+}
+
+fn with(pointer: &str, value: Value) -> Value {
+    let mut spec = minimal();
+    let (parent, key) = pointer.rsplit_once('/').unwrap();
+    spec.pointer_mut(parent).unwrap()[key] = value;
+    spec
+}
+
+fn id() -> ContainerId {
+    ContainerId::try_from("c1").unwrap()
+}
+
+#[test]
+fn the_guest_gets_its_own_root_and_no_host_labels_or_hooks() {
+    let spec = with("/hooks", json!({"prestart": [{"path": "/bin/true"}]}));
+    let bundle = Bundle::new(&spec);
+    let spec = bundle.load().unwrap();
+    assert_eq!(spec.root_path(), bundle.0.path().join("rootfs"));
+    assert!(spec.hooks().is_some());
+    let guest = spec.for_guest(&id(), &PodSettings::default()).unwrap().spec;
+    let root = guest.root().as_ref().unwrap().path();
+    assert_eq!(root, Path::new("/run/bulkhead/shared/c1/rootfs"));
+    assert!(guest.hooks().is_none());
+    assert!(
+        guest
+            .process()
+            .as_ref()
+            .unwrap()
+            .apparmor_profile()
+            .is_none()
+    );
+}
+
+#[test]
+fn a_bad_spec_is_refused_with_the_fields_name() {
+    for (spec, wanted) in [
+        (with("/process/args", json!([])), "process.args"),
+        (with("/process/args", json!(["sh", 5])), "process.args[1]"),
+        (with("/process/args", json!([""])), "process.args[0]"),
+        (with("/process/cwd", json!("tmp")), "process.cwd"),
+        (with("/ociVersion", json!("2.0.0")), "ociVersion"),
+        (with("/root", json!({"path": ""})), "root.path"),
+        (with("/root", Value::Null), "root"),
+        (with("/process", Value::Null), "process"),
+        (
+            with("/hooks", json!({"startContainer": [{"path": "/x"}]})),
+            "hooks.startContainer",
+        ),
+    ] {
+        let error = Bundle::new(&spec).load().unwrap_err().to_string();
+        assert!(error.contains(wanted), "{wanted}: {error}");
+    }
+    let error = BundleSpec::load(Path::new("/nonexistent"))
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("/nonexistent/config.json"), "{error}");
+}
+
+#[test]
+fn files_and_folders_are_bound_through_the_share() {
+    let dir = tempfile::tempdir().unwrap();
+    let (file, folder) = (dir.path().join("file"), dir.path().join("folder"));
+    std::fs::write(&file, "x").unwrap();
+    std::fs::create_dir(&folder).unwrap();
+    let spec = with(
+        "/mounts",
+        json!([
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/f", "type": "bind", "source": file, "options": ["bind", "ro"]},
+            {"destination": "/null", "type": "bind", "source": "/dev/null", "options": ["bind"]},
+            {"destination": "/d", "source": folder, "options": ["rbind", "rw"]},
+        ]),
+    );
+    let guest = Bundle::new(&spec)
+        .load()
+        .unwrap()
+        .for_guest(&id(), &PodSettings::default())
+        .unwrap();
+    let wanted = [
+        Bind {
+            number: 0,
+            source: file,
+            is_dir: false,
+            readonly: true,
+            recursive: false,
+        },
+        Bind {
+            number: 1,
+            source: folder,
+            is_dir: true,
+            readonly: false,
+            recursive: true,
+        },
+    ];
+    assert_eq!(guest.binds, wanted);
+    let sources: Vec<_> = guest
+        .spec
+        .mounts()
+        .iter()
+        .flatten()
+        .map(|m| m.source().clone().unwrap())
+        .collect();
+    assert_eq!(
+        sources,
+        [
+            "proc",
+            "/run/bulkhead/shared/c1/mounts/0",
+            "/dev/null",
+            "/run/bulkhead/shared/c1/mounts/1"
+        ]
+        .map(PathBuf::from)
+    );
+}
+
+#[test]
+fn what_cannot_be_shared_is_refused_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("s.sock");
+    let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    for (source, wanted) in [
+        (json!(socket), "Unix socket"),
+        (json!("/nonexistent/data"), "/nonexistent/data"),
+        (json!("/dev/kmsg"), "device of the host"),
+        (json!(""), "is missing"),
+    ] {
+        let spec = with(
+            "/mounts",
+            json!([{"destination": "/x", "type": "bind", "source": source}]),
+        );
+        let error = Bundle::new(&spec)
+            .load()
+            .unwrap()
+            .for_guest(&id(), &PodSettings::default())
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains(wanted) && error.contains("mounts[0].source"),
+            "{error}"
+        );
+    }
+}
+
+fn pod() -> PodSettings {
+    PodSettings {
+        hostname: Some("web-0".into()),
+        sysctls: [("net.ipv4.tcp_syncookies".to_owned(), "0".to_owned())].into(),
+    }
+}
+
+#[test]
+fn a_container_joins_the_processes_of_its_pod_and_of_no_other() {
+    let mut spec = with(
+        "/linux/namespaces",
+        json!([{"type": "mount"}, {"type": "pid", "path": "/proc/77/ns/pid"}]),
+    );
+    let lone = Bundle::new(&spec).load().unwrap();
+    let error = lone.for_guest(&id(), &pod()).unwrap_err();
+    assert_eq!(error.kind(), Kind::Unimplemented);
+    spec["annotations"] = json!({"io.kubernetes.cri.container-type": "container"});
+    let guest = Bundle::new(&spec).load().unwrap();
+    let guest = guest.for_guest(&id(), &pod()).unwrap().spec;
+    let linux = guest.linux().as_ref().unwrap();
+    let namespaces = linux.namespaces().as_ref().unwrap();
+    let kinds: Vec<_> = namespaces.iter().map(|one| one.typ()).collect();
+    assert_eq!(kinds, [LinuxNamespaceType::Mount]);
+    spec["linux"]["namespaces"][1]["path"] = json!("/run/pid-namespace");
+    let elsewhere = Bundle::new(&spec).load().unwrap();
+    assert!(elsewhere.for_guest(&id(), &pod()).is_err());
+}
+
+#[test]
+fn a_pods_kernel_parameters_are_set_with_each_container() {
+    let spec = with("/linux/sysctl", json!({"kernel.shmmax": "4096"}));
+    let spec = Bundle::new(&spec).load().unwrap();
+    assert_eq!(spec.pod_settings().sysctls["kernel.shmmax"], "4096");
+    let guest = spec.for_guest(&id(), &pod()).unwrap().spec;
+    let sysctls = guest.linux().as_ref().unwrap().sysctl().clone().unwrap();
+    assert_eq!(sysctls["kernel.shmmax"], "4096");
+    assert_eq!(sysctls["net.ipv4.tcp_syncookies"], "0");
+}
+
+#[test]
+fn a_limit_of_swap_holds_where_there_is_none() {
+    let resources = json!({"memory": {"limit": 4096, "swap": 4096}});
+    let spec = with("/linux/resources", resources);
+    let spec = Bundle::new(&spec).load().unwrap();
+    let guest = spec.for_guest(&id(), &pod()).unwrap().spec;
+    let resources = guest.linux().as_ref().unwrap().resources().clone().unwrap();
+    let memory = resources.memory().unwrap();
+    assert_eq!((memory.limit(), memory.swap()), (Some(4096), None));
+}
+
+#[test]
+fn a_pods_namespaces_become_the_guests() {
+    let spec = with(
+        "/linux/namespaces",
+        json!([
+            {"type": "pid"}, {"type": "mount"},
+            {"type": "network", "path": "/var/run/netns/cni-1"},
+            {"type": "ipc", "path": "/proc/77/ns/ipc"},
+            {"type": "uts", "path": "/proc/77/ns/uts"},
+        ]),
+    );
+    let spec = Bundle::new(&spec).load().unwrap();
+    assert_eq!(
+        spec.host_netns(),
+        HostNetns::Path("/var/run/netns/cni-1".into())
+    );
+    let guest = spec.for_guest(&id(), &pod()).unwrap().spec;
+    assert_eq!(guest.hostname().as_deref(), Some("web-0"));
+    let namespaces = guest
+        .linux()
+        .as_ref()
+        .unwrap()
+        .namespaces()
+        .as_ref()
+        .unwrap();
+    let kinds: Vec<_> = namespaces.iter().map(|one| one.typ()).collect();
+    assert_eq!(
+        kinds,
+        [
+            LinuxNamespaceType::Pid,
+            LinuxNamespaceType::Mount,
+            LinuxNamespaceType::Uts
+        ]
+    );
+    assert!(namespaces.iter().all(|one| one.path().is_none()));
+}
+
+#[test]
+fn host_namespaces_that_cannot_be_joined_are_refused() {
+    let spec = with(
+        "/linux/namespaces",
+        json!([{"type": "pid", "path": "/proc/1/ns/pid"}]),
+    );
+    let spec = Bundle::new(&spec).load().unwrap();
+    let error = spec.for_guest(&id(), &PodSettings::default()).unwrap_err();
+    assert_eq!(error.kind(), Kind::Unimplemented);
+    assert!(
+        error.to_string().contains("linux.namespaces[0].path"),
+        "{error}"
+    );
+}
+
+#[test]
+fn the_task_lives_in_the_specs_host_network_namespace() {
+    assert_eq!(
+        Bundle::new(&minimal()).load().unwrap().host_netns(),
+        HostNetns::Host
+    );
+    let spec = with("/linux/namespaces", json!([{"type": "network"}]));
+    assert_eq!(
+        Bundle::new(&spec).load().unwrap().host_netns(),
+        HostNetns::New
+    );
+}
+
+#[test]
+fn limits_size_the_machine() {
+    let spec = with(
+        "/linux/resources",
+        json!({"memory": {"limit": 1048576}, "cpu": {"quota": 5, "period": 10}}),
+    );
+    let limits = Bundle::new(&spec).load().unwrap().limits();
+    assert_eq!(
+        limits,
+        PodLimits {
+            cpu_quota: Some(5),
+            cpu_period: Some(10),
+            memory: Some(1048576)
+        }
+    );
+}
+
+#[test]
+fn an_execs_process_is_checked_too() {
+    let good = json!({"cwd": "/", "args": ["ls"], "user": {"uid": 0, "gid": 0}});
+    let process = parse_process(good.to_string().as_bytes(), true).unwrap();
+    assert_eq!(process.terminal(), Some(true));
+    let error = parse_process(br#"{"cwd":"/","user":{"uid":0,"gid":0},"args":[]}"#, false)
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("process.args"), "{error}");
+    let error = parse_process(br#"{"cwd":"/","args":7}"#, false)
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("invalid at args"), "{error}");
+}
