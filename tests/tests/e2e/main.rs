@@ -1,0 +1,149 @@
+//! End-to-end tests: real guests, real shims, a real containerd. See `bulkhead_tests::runner` for
+//! what a scenario is and how it is isolated.
+
+mod boot_refused;
+mod check_command;
+mod containerd;
+mod crash;
+mod cri;
+mod facts;
+mod limits;
+mod memory;
+mod resources;
+mod shim_refused;
+mod shim_task;
+mod streams;
+mod templates;
+mod terminal;
+mod vm;
+mod vm_template;
+
+use bulkhead_tests::runner::{self, Need, Scenario};
+
+/// The longest first, so that two lanes end at about the same time.
+const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "containerd-debian",
+        needs: Need::Guest,
+        run: containerd::debian,
+    },
+    Scenario {
+        name: "containerd-current",
+        needs: Need::CurrentContainerd,
+        run: containerd::current,
+    },
+    Scenario {
+        name: "cri-debian",
+        needs: Need::Pods,
+        run: cri::debian,
+    },
+    Scenario {
+        name: "cri-current",
+        needs: Need::PodsOnCurrentContainerd,
+        run: cri::current,
+    },
+    Scenario {
+        name: "templates-life",
+        needs: Need::Guest,
+        run: templates::life,
+    },
+    Scenario {
+        name: "templates-at-once",
+        needs: Need::Guest,
+        run: templates::at_once,
+    },
+    Scenario {
+        name: "shim-task-v3",
+        needs: Need::Guest,
+        run: shim_task::v3,
+    },
+    Scenario {
+        name: "shim-task-v2",
+        needs: Need::Guest,
+        run: shim_task::v2,
+    },
+    Scenario {
+        name: "crash",
+        needs: Need::Guest,
+        run: crash::run,
+    },
+    Scenario {
+        name: "limits",
+        needs: Need::Guest,
+        run: limits::run,
+    },
+    Scenario {
+        name: "memory",
+        needs: Need::Guest,
+        run: memory::run,
+    },
+    Scenario {
+        name: "resources",
+        needs: Need::Guest,
+        run: resources::run,
+    },
+    Scenario {
+        name: "streams",
+        needs: Need::Guest,
+        run: streams::run,
+    },
+    Scenario {
+        name: "terminal",
+        needs: Need::Guest,
+        run: terminal::run,
+    },
+    Scenario {
+        name: "templates-full-disk",
+        needs: Need::Guest,
+        run: templates::full_disk,
+    },
+    Scenario {
+        name: "boot-refused",
+        needs: Need::Guest,
+        run: boot_refused::run,
+    },
+    Scenario {
+        name: "vm-contract",
+        needs: Need::Guest,
+        run: vm::contract,
+    },
+    Scenario {
+        name: "vm-template",
+        needs: Need::Guest,
+        run: vm_template::run,
+    },
+    Scenario {
+        name: "vm-template-two-cpus",
+        needs: Need::Guest,
+        run: vm_template::two_cpus,
+    },
+    Scenario {
+        name: "vm-two-cpus",
+        needs: Need::Guest,
+        run: vm::two_cpus,
+    },
+    Scenario {
+        name: "vm-ends",
+        needs: Need::Guest,
+        run: vm::ends,
+    },
+    Scenario {
+        name: "vm-refused",
+        needs: Need::Guest,
+        run: vm::refused,
+    },
+    Scenario {
+        name: "shim-refused",
+        needs: Need::Host,
+        run: shim_refused::run,
+    },
+    Scenario {
+        name: "check-command",
+        needs: Need::Host,
+        run: check_command::run,
+    },
+];
+
+fn main() -> std::process::ExitCode {
+    runner::main(SCENARIOS)
+}
