@@ -1,0 +1,95 @@
+# shellcheck shell=bash
+# scripts/dev bench: measures; the programs are tests/src/bin/bench.
+# shellcheck source=build.sh
+source "$ROOT/scripts/lib/build.sh"
+
+bench_usage() {
+    cat <<'HELP'
+Usage: scripts/dev bench boot [--json] [--profile] [--runs N] [--timeout SECONDS]
+       scripts/dev bench run [--json] [--runs N]
+       scripts/dev bench start [--json] [--runs N] [--only SUBJECT,...] [--timeout SECONDS]
+       scripts/dev bench density N [--json] [--cold] [--settle SECONDS]
+       scripts/dev bench parallel N [--json] [--cold] [--timeout SECONDS]
+       scripts/dev bench plot JSON SVG
+
+boot   From the VMM's start to the agent's ready message, for 1 vCPU and 128 MiB; medians of N runs:
+         guest_instructions  guest kernel instructions, exact (tracepoint kvm:kvm_emulate_insn);
+                             null where KVM doesn't emulate all of guest kernel mode
+         userspace_exits     returns from KVM to the VMM
+         wall_ms             time on the clock
+         vmm_cpu_ms          the VMM's own CPU time, without what KVM does for the guest
+         vmm_private_kib     the VMM's private memory beyond guest memory
+         kernel_bytes, rootfs_bytes, kvm_kind
+       --profile boots once more and prints the guest kernel's functions by share.
+run    'ctr run --rm' of busybox 'true' from cold, and 'ctr tasks exec' into a running container.
+start  Starts side by side, interleaved, N rounds (10): `template` (a saved machine goes on), `cold`
+       (the kernel boots), `qemu_microvm` (QEMU's microvm machine, same kernel and root image;
+       qemu-system-x86 is installed when it's missing) and `runc` (no virtual machine). Medians,
+       quartiles and ratios of:
+         vmm_to_guest_ms     VMM's process start to the first guest instruction
+         vmm_to_agent_ms     the same to the agent ready, or acknowledging its new identity
+         first_output_ms     the same to the container's first output
+         agent_instructions, first_exec_instructions
+                             guest instructions to the agent, and to the container's first
+         private_kib, shared_kib
+                             the VMM's memory, and more; the output says what was compared.
+density
+       N idle pods at once: private and shared memory of each pod's processes together, threads,
+       descriptors, and what the host's free memory lost.
+parallel
+       N starts at once, of Bulkhead and of runc: starts a second, median and worst.
+plot   Draws the phases of a start, from the JSON of 'start', as SVG.
+
+Where KVM emulates guest kernel mode a cold round of 'start' takes some 40 s. --cold boots where
+templates would be used. All but 'plot' need root and /dev/kvm. Nothing is left after the end, an
+error or Ctrl-C.
+
+Examples:
+  scripts/dev bench boot --json
+  scripts/dev bench boot --runs 1 --profile
+  scripts/dev bench run
+  scripts/dev bench start --json >start.json
+  scripts/dev bench start --runs 3 --only cold,qemu_microvm
+  scripts/dev bench density 100
+  scripts/dev bench parallel 8 --json
+  scripts/dev bench plot start.json docs/bench-start.svg
+HELP
+}
+
+# The comparison is worth a package, but can do without.
+ensure_qemu() {
+    [ ! -x /usr/bin/qemu-system-x86_64 ] || return 0
+    # A subshell: what fails there must not end the bench.
+    (install_packages qemu-system-x86) ||
+        say "bench: qemu-system-x86 could not be installed, so QEMU's column stays empty"
+}
+
+cmd_bench() {
+    local argument
+    for argument in "$@"; do
+        case $argument in
+            -h | --help)
+                bench_usage
+                return
+                ;;
+        esac
+    done
+    case ${1:-} in
+        boot | run | start | density | parallel) ;;
+        plot)
+            [ -x "$OUT/bin/bulkhead-bench" ] || ensure_built
+            "$OUT/bin/bulkhead-bench" "$@"
+            return
+            ;;
+        *)
+            usage_error "bench measures 'boot', 'run', 'start', 'density' or 'parallel', or draws a 'plot'; not '${1:-}'" \
+                "run 'scripts/dev bench --help'"
+            ;;
+    esac
+    need_root "measuring" "bench $1"
+    need_kvm
+    # Progress goes to stderr, so that stdout holds the figures alone.
+    ensure_built
+    [ "$1" != start ] || ensure_qemu
+    BULKHEAD_OUT=$OUT "$OUT/bin/bulkhead-bench" "$@"
+}
