@@ -8,6 +8,7 @@ use bulkhead_proto::agent::{
     StartRequest, StatsRequest, StatsResponse, Streams, UpdateRequest, WaitRequest, WaitResponse,
 };
 use serde_json::{Value, json};
+use std::io::ErrorKind;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -28,6 +29,24 @@ pub fn host_is_able() -> bool {
         eprintln!("SKIPPED 1 test: it needs root ({root}) and a static busybox ({busybox})");
     }
     root && busybox
+}
+
+/// Waits until somebody listens at `socket`. That its file is there doesn't say so yet: bind makes
+/// it, and until listen follows, a connection is refused.
+async fn wait_for_listener(socket: &Path) {
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while let Err(error) = UnixStream::connect(socket).await {
+        let soon = matches!(
+            error.kind(),
+            ErrorKind::NotFound | ErrorKind::ConnectionRefused
+        );
+        assert!(
+            soon && std::time::Instant::now() < deadline,
+            "the agent doesn't listen at {}: {error}",
+            socket.display()
+        );
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
 }
 
 /// A running agent with its folder.
@@ -53,16 +72,10 @@ impl Agent {
             .spawn()
             .expect("the agent starts");
         let process = Running(process);
-        let socket = folder.path().join("agent.sock");
-        let deadline = std::time::Instant::now() + PATIENCE;
-        while !folder.path().join("stream.sock").exists() {
-            assert!(
-                std::time::Instant::now() < deadline,
-                "the agent doesn't listen"
-            );
-            tokio::time::sleep(Duration::from_millis(5)).await;
+        for socket in ["agent.sock", "stream.sock"] {
+            wait_for_listener(&folder.path().join(socket)).await;
         }
-        let address = format!("unix://{}", socket.display());
+        let address = format!("unix://{}", folder.path().join("agent.sock").display());
         let client = ttrpc::asynchronous::Client::connect(&address)
             .await
             .expect("connected");
