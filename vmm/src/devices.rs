@@ -14,6 +14,7 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::x86_64::layout;
+use crate::coalesced;
 use crate::config::BlockResource;
 use crate::event_loop::{self, EventLoop, EventLoopHandle};
 use crate::events::EventSink;
@@ -22,7 +23,7 @@ use crate::virtio::balloon::BalloonDevice;
 use crate::virtio::block::{Backing, BackingError, BlockDevice, BlockHandle, SetBackingError};
 use crate::virtio::console::{ConsoleDevice, ConsoleLog};
 use crate::virtio::fs::{FsDevice, FsError};
-use crate::virtio::mmio::{self, MMIO_SIZE, MmioTransport, QUEUE_NOTIFY};
+use crate::virtio::mmio::{self, MMIO_SIZE, MmioTransport, PREPARING, QUEUE_NOTIFY};
 use crate::virtio::rng::RngDevice;
 use crate::virtio::vsock::{VsockDevice, VsockError};
 use crate::virtio::{DeviceType, VirtioDevice};
@@ -122,7 +123,7 @@ pub struct DeviceContext<'a> {
     pub events: EventSink,
     /// When this process began.
     pub started: Instant,
-    /// The guest is ready from the start.
+    /// The guest is ready from the start: its drivers have set up their devices.
     pub ready: bool,
 }
 
@@ -213,7 +214,10 @@ impl Devices {
             .into_iter()
             .enumerate()
             .map(|(slot, device)| plug(context.vm, context.memory, slot, device))
-            .collect::<Result<_, _>>()?;
+            .collect::<Result<Vec<_>, _>>()?;
+        if !context.ready {
+            gather_writes(context.vm, windows.len())?;
+        }
         let loops: Vec<EventLoop> = file_server.into_iter().chain([event_loop]).collect();
         // They have started meanwhile.
         for event_loop in &loops {
@@ -313,6 +317,22 @@ fn plug(
             .map_err(kvm("KVM_IOEVENTFD"))?;
     }
     Ok(window)
+}
+
+/// Spares the guest's drivers an exit for most of what they write to set up their devices; see
+/// [`coalesced`].
+fn gather_writes(vm: &VmFd, slots: usize) -> Result<(), DevicesError> {
+    for slot in 0..slots {
+        for (offset, length) in PREPARING {
+            let address = layout::MMIO_BASE + slot as u64 * MMIO_SIZE + offset;
+            coalesced::gather(vm, address, length).map_err(|source| DevicesError::Kvm {
+                call: "KVM_REGISTER_COALESCED_MMIO",
+                slot,
+                source,
+            })?;
+        }
+    }
+    Ok(())
 }
 
 /// Tells the parent, once, that the guest is ready.

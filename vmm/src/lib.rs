@@ -7,6 +7,7 @@
 
 pub mod arch;
 pub mod bus;
+pub mod coalesced;
 pub mod command_line;
 pub mod config;
 pub mod control;

@@ -12,6 +12,7 @@ use vm_memory::GuestMemoryMmap;
 
 use crate::arch::x86_64::{boot_params, cpuid, layout, mptable, registers};
 use crate::bus::Bus;
+use crate::coalesced::GatheredWrites;
 use crate::command_line::{self, CommandLineError};
 use crate::config::Resources;
 use crate::devices::{self, DeviceContext, Devices, DevicesError, Loops};
@@ -209,8 +210,15 @@ fn start_vcpus(
     let on_end = ended
         .sender()
         .map_err(system_failed("duplicating an event descriptor"))?;
+    let Some(first) = vcpus.first() else {
+        let none = std::io::Error::from(std::io::ErrorKind::InvalidInput);
+        return Err(system_failed("a machine without vCPUs")(none));
+    };
+    let gathered =
+        GatheredWrites::map(first).map_err(system_failed("mapping KVM's coalesced MMIO ring"))?;
     let context = VcpuContext {
         bus: Arc::clone(bus),
+        gathered,
         memory: memory.clone(),
         on_end,
         on_start: Arc::clone(on_start),

@@ -20,6 +20,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use crate::bus::{Bus, PortEffect};
+use crate::coalesced::GatheredWrites;
 use crate::seccomp::{ThreadKind, ThreadStart};
 
 /// Bytes of the instruction that are reported when KVM gives up; no x86 instruction is longer.
@@ -112,6 +113,8 @@ pub struct Vcpus {
 pub struct VcpuContext {
     /// Ports and device windows.
     pub bus: Arc<Bus>,
+    /// Writes to device windows that came without an exit.
+    pub gathered: GatheredWrites,
     /// For reading the instruction that KVM gave up on.
     pub memory: GuestMemoryMmap,
     /// Told once when a thread ends by itself.
@@ -276,6 +279,9 @@ impl Vcpu {
         let mut fd = lock(&self.fd);
         let exit = fd.run();
         self.exits.fetch_add(1, Ordering::Relaxed);
+        // They came before this exit's access, and none is left behind when this vCPU is paused.
+        let gathered = &self.context.gathered;
+        gathered.drain(|address, data| bus.write(address, data));
         self.io_pending = matches!(
             exit,
             Ok(VcpuExit::MmioRead(..)

@@ -16,6 +16,8 @@ type Spoil = fn(&mut VmConfig);
 
 const BOOT: Duration = Duration::from_secs(180);
 const SHORT: Duration = Duration::from_secs(20);
+/// A boot makes 200; a device more costs some 25, and gathering writes spares 110.
+const MAX_BOOT_EXITS: u64 = 300;
 
 /// One call to the agent over vsock.
 pub(crate) fn ask<Answer: Message>(
@@ -38,9 +40,21 @@ pub(crate) fn ask<Answer: Message>(
 }
 
 pub(crate) fn boot(spec: &VmSpec, artifacts: &Artifacts) -> Vm {
+    boot_counted(spec, artifacts).0
+}
+
+/// The second value is how often KVM_RUN returned until the agent was ready.
+fn boot_counted(spec: &VmSpec, artifacts: &Artifacts) -> (Vm, u64) {
     let vm = spec.start(artifacts).unwrap();
-    vm.wait_ready(BOOT).unwrap();
-    vm
+    match vm.wait_ready(BOOT).unwrap() {
+        (
+            Event::Ready {
+                userspace_exits, ..
+            },
+            _,
+        ) => (vm, userspace_exits),
+        (other, _) => panic!("{other:?} instead of the ready event"),
+    }
 }
 
 pub(crate) fn end_of(vm: &mut Vm, timeout: Duration) -> ExitReason {
@@ -54,11 +68,14 @@ pub(crate) fn end_of(vm: &mut Vm, timeout: Duration) -> ExitReason {
 }
 
 pub fn contract(checks: &mut Checks, artifacts: &Artifacts) {
-    let Some(mut vm) = checks.require("boots to the agent's ready message", || {
-        boot(&VmSpec::default(), artifacts)
+    let Some((mut vm, exits)) = checks.require("boots to the agent's ready message", || {
+        boot_counted(&VmSpec::default(), artifacts)
     }) else {
         return;
     };
+    checks.check("a boot leaves KVM_RUN 300 times at most", || {
+        assert!(exits <= MAX_BOOT_EXITS, "{exits}");
+    });
     checks.check("status tells state, counters and devices", || {
         let Response::Status(status) = vm.control(&Request::Status {}).unwrap() else {
             panic!("not a status")

@@ -35,6 +35,25 @@ pub const MMIO_SIZE: u64 = 0x1000;
 /// queue's index as 32-bit datamatch.
 pub const QUEUE_NOTIFY: u64 = virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY as u64;
 
+/// Offsets and lengths of the registers whose writes only prepare what another access does:
+/// feature selectors, driver features, queue selector and size; and the addresses of a queue's parts.
+/// They may take effect as late as the next access to any other register.
+pub const PREPARING: [(u64, u32); 2] = [
+    between(
+        virtio_bindings::virtio_mmio::VIRTIO_MMIO_DEVICE_FEATURES_SEL,
+        virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NUM,
+    ),
+    between(
+        virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_DESC_LOW,
+        virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_USED_HIGH,
+    ),
+];
+
+/// Offset and length in bytes of the registers from `first` to `last`.
+const fn between(first: u32, last: u32) -> (u64, u32) {
+    (first as u64, last - first + size_of::<u32>() as u32)
+}
+
 /// Why a transport could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
