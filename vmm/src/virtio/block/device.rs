@@ -229,6 +229,9 @@ struct BlockWorker {
     queues: Vec<Virtqueue>,
     /// A long transfer that goes on at the next wake-up.
     current: Option<Current>,
+    /// No request is begun any more: what a kick that is still on its way announces waits for the
+    /// next worker.
+    finished: bool,
 }
 
 /// A request in work.
@@ -246,11 +249,13 @@ impl BlockWorker {
             context: WorkerContext::new(DeviceType::Block, activation.mem, activation.interrupt),
             queues: activation.queues,
             current: None,
+            finished: false,
         }
     }
 
-    /// Works until no request is begun. The vCPUs are paused, so none is added either.
+    /// Works until no request is begun, and begins none from then on.
     fn finish(&mut self) {
+        self.finished = true;
         while self.current.is_some() && !self.context.broken() {
             let result = self.serve();
             self.context.check(result);
@@ -263,6 +268,7 @@ impl BlockWorker {
             context,
             queues,
             current,
+            ..
         } = self;
         let mem = &context.mem;
         let Some(queue) = queues.first_mut() else {
@@ -387,6 +393,9 @@ impl MutEventSubscriber for BlockWorker {
     }
 
     fn process(&mut self, _events: Events, _ops: &mut EventOps) {
+        if self.finished {
+            return;
+        }
         for queue in &self.queues {
             queue.take_kick();
         }
