@@ -115,7 +115,13 @@ impl Agent {
         let busybox = ["/bin/busybox", "/usr/bin/busybox"]
             .into_iter()
             .find(|path| Path::new(path).exists());
-        std::fs::copy(busybox.expect("busybox"), root.join("bin/busybox")).expect("a copy");
+        // Copied by another process: what this one has open for writing, an agent that another
+        // test is just starting may have too, and then it can't be executed (ETXTBSY).
+        let copied = Command::new("cp")
+            .arg(busybox.expect("busybox"))
+            .arg(root.join("bin/busybox"))
+            .status();
+        assert!(copied.expect("cp").success());
         for applet in [
             "sh", "cat", "sleep", "true", "id", "hostname", "stty", "ls", "readlink", "touch",
             "mount", "grep", "env", "pwd", "head", "wc", "kill", "ip", "dd", "ulimit", "stat",

@@ -149,9 +149,16 @@ async fn a_log_program_gets_the_output_and_the_containers_name() {
         "#!/bin/sh\nexec 5>&-\necho $CONTAINER_NAMESPACE/$CONTAINER_ID $* > {0}\ncat <&3 >> {0}\n",
         log.display()
     );
-    std::fs::write(&script, text).unwrap();
+    let draft = dir.path().join("draft");
+    std::fs::write(&draft, text).unwrap();
     let mode = std::os::unix::fs::PermissionsExt::from_mode(0o700);
-    std::fs::set_permissions(&script, mode).unwrap();
+    std::fs::set_permissions(&draft, mode).unwrap();
+    // Copied by another process: what this one has open for writing, a program that another test
+    // is just starting may have too, and then it can't be executed (ETXTBSY).
+    let copied = std::process::Command::new("cp")
+        .args([&draft, &script])
+        .status();
+    assert!(copied.unwrap().success());
     let uri = format!("binary://{}?key=value", script.display());
     let (copies, mut guest) = connect(open_ends(&paths("", &uri)).await);
     guest[0].write_all(b"hello\n").await.unwrap();

@@ -133,9 +133,14 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     fn script(text: &str) -> tempfile::TempPath {
-        let file = tempfile::NamedTempFile::new().unwrap().into_temp_path();
-        std::fs::write(&file, format!("#!/bin/sh\n{text}\n")).unwrap();
-        std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o700)).unwrap();
+        let draft = tempfile::NamedTempFile::new().unwrap().into_temp_path();
+        std::fs::write(&draft, format!("#!/bin/sh\n{text}\n")).unwrap();
+        std::fs::set_permissions(&draft, std::fs::Permissions::from_mode(0o700)).unwrap();
+        // Copied by another process: what this one has open for writing, a program that another
+        // test is just starting may have too, and then it can't be executed (ETXTBSY).
+        let file = tempfile::TempPath::try_from_path(draft.with_extension("sh")).unwrap();
+        let copied = Command::new("cp").args([&draft, &file]).status().unwrap();
+        assert!(copied.success());
         file
     }
 
