@@ -182,6 +182,12 @@ impl AsyncWrite for Endpoint {
 
 /// Listens on a vsock port.
 pub fn listen_vsock(port: u32) -> io::Result<OwnedFd> {
+    let socket = bound_vsock_socket(port)?;
+    rustix::net::listen(&socket, BACKLOG)?;
+    Ok(socket)
+}
+
+fn bound_vsock_socket(port: u32) -> io::Result<OwnedFd> {
     let socket = vsock_socket()?;
     let address = vsock_address(libc::VMADDR_CID_ANY, port);
     // SAFETY: the address is a sockaddr_vm and its true size is passed.
@@ -195,7 +201,6 @@ pub fn listen_vsock(port: u32) -> io::Result<OwnedFd> {
     if bound != 0 {
         return Err(io::Error::last_os_error());
     }
-    rustix::net::listen(&socket, BACKLOG)?;
     Ok(socket)
 }
 
@@ -291,8 +296,11 @@ fn accept_host(listener: RawFd) -> io::Result<Option<OwnedFd>> {
 /// Asks the host for a connection that it will refuse: the sign that the agent listens (see
 /// [`bulkhead_proto::guest::READY_PORT`]). The returned socket has to live until the answer has
 /// come, or the request may be taken back.
+///
+/// It goes out from the port of the same number: had the kernel to choose one, it would draw at
+/// random where it begins, and all clones of this machine would go on from there.
 pub fn knock(port: u32) -> io::Result<OwnedFd> {
-    let socket = vsock_socket()?;
+    let socket = bound_vsock_socket(port)?;
     let address = vsock_address(HOST_CID, port);
     // SAFETY: the address is a sockaddr_vm and its true size is passed. The result doesn't matter:
     // in non-blocking mode it is EINPROGRESS.

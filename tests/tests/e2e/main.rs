@@ -3,6 +3,7 @@
 
 mod boot_refused;
 mod check_command;
+mod clone_network;
 mod containerd;
 mod crash;
 mod cri;

@@ -1,11 +1,13 @@
 //! Templates through the shim: made by the first start, cloned by every other, and never the reason
 //! for a start that fails.
 
+use crate::clone_network;
 use bulkhead_tests::Artifacts;
 use bulkhead_tests::fifo::ReadFifo;
 use bulkhead_tests::leaks::processes_of;
 use bulkhead_tests::runner::Checks;
 use bulkhead_tests::shim::{Bundle, Shim, TaskVersion, process, spec};
+use bulkhead_vmm::snapshot::{format, msrs};
 use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
 use std::collections::BTreeSet;
@@ -21,14 +23,14 @@ const V: TaskVersion = TaskVersion::V3;
 const SLOW: Duration = Duration::from_secs(120);
 
 /// A template folder of the scenario's own.
-struct Templates<'a> {
+pub(crate) struct Templates<'a> {
     artifacts: &'a Artifacts,
     folder: TempDir,
 }
 
 /// One pod's bundle, and what its shim logs.
-struct Pod {
-    bundle: Bundle,
+pub(crate) struct Pod {
+    pub(crate) bundle: Bundle,
     log: File,
 }
 
@@ -46,8 +48,14 @@ impl<'a> Templates<'a> {
         format!("template_dir = {:?}\n", self.path())
     }
 
-    fn pod(&self, id: &str, argv: &[&str]) -> Pod {
-        let bundle = Bundle::new(self.artifacts, id, &self.settings()).unwrap();
+    pub(crate) fn pod(&self, id: &str, argv: &[&str]) -> Pod {
+        self.pod_with(id, argv, "")
+    }
+
+    /// A pod with more lines in its configuration.
+    fn pod_with(&self, id: &str, argv: &[&str], settings: &str) -> Pod {
+        let settings = self.settings() + settings;
+        let bundle = Bundle::new(self.artifacts, id, &settings).unwrap();
         bundle.set_spec(&spec(argv)).unwrap();
         let path = bundle.path().join("log");
         nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
@@ -115,7 +123,7 @@ impl Pod {
     }
 
     /// Runs the container to its end and returns its output.
-    fn run(&self) -> String {
+    pub(crate) fn run(&self) -> String {
         let out = ReadFifo::make(&self.bundle.beside("out")).unwrap();
         let shim = self.bundle.start().unwrap();
         shim.create(V, ["", &out.path(), ""]).unwrap();
@@ -127,7 +135,7 @@ impl Pod {
     }
 
     /// What the shim has logged since the last call.
-    fn log(&mut self) -> String {
+    pub(crate) fn log(&mut self) -> String {
         let mut bytes = vec![0; 1 << 16];
         let length = self.log.read(&mut bytes).unwrap_or(0);
         String::from_utf8_lossy(&bytes[..length]).into_owned()
@@ -153,7 +161,7 @@ fn exec(pod: &Pod, shim: &Shim<'_>, id: &str, script: &str) -> String {
 }
 
 #[track_caller]
-fn assert_cloned(log: &str) {
+pub(crate) fn assert_cloned(log: &str) {
     assert!(log.contains("cloned=true"), "no clone was started:\n{log}");
     assert!(!log.contains("booting cold"), "it booted cold:\n{log}");
 }
@@ -220,8 +228,99 @@ pub fn life(checks: &mut Checks, artifacts: &Artifacts) {
             assert!(stderr.contains("ffffffffffff"), "{stderr}");
         },
     );
+    checks.check("two versions of the VMM at work on one folder", || {
+        two_versions(&templates, &key);
+    });
     clones(checks, &templates);
+    clone_network::run(checks, &templates);
+    checks.check("a host that was suspended and woken since the save", || {
+        woken(&templates, &key);
+    });
     damaged(checks, &templates, &key);
+}
+
+/// Each has a template of its own, and neither takes or spoils the other's.
+fn two_versions(templates: &Templates<'_>, key: &str) {
+    let vmm = templates.folder.path().join("bulkhead-vmm");
+    std::fs::copy(templates.artifacts.program("bulkhead-vmm"), &vmm).unwrap();
+    let setting = format!("vmm = {vmm:?}\n");
+    let uses = || {
+        let all = templates.list();
+        let uses = |wanted: bool| {
+            let of = all.iter().filter(|one| (one["key"] == key) == wanted);
+            of.map(|one| one["uses"].as_u64().unwrap())
+                .collect::<Vec<_>>()
+        };
+        (uses(true), uses(false))
+    };
+    let (first, none) = uses();
+    assert_eq!((first.len(), none.len()), (1, 0));
+    let run = |id: &str, setting: &str, built: bool| {
+        let mut pod = templates.pod_with(id, &["echo", "hello"], setting);
+        assert_eq!(pod.run(), "hello\n");
+        let log = pod.log();
+        assert_cloned(&log);
+        assert_eq!(log.contains(BUILT), built, "{log}");
+    };
+    run("other", &setting, true);
+    run("same", "", false);
+    run("other-again", &setting, false);
+    assert_eq!(uses(), (vec![first[0] + 1], vec![2]));
+    let other = templates.list();
+    let other = other.iter().find(|one| one["key"] != key).unwrap();
+    let (code, _, stderr) = templates.command(&["rm", other["key"].as_str().unwrap()]);
+    assert_eq!(code, Some(0), "{stderr}");
+}
+
+/// A processor's time-stamp counter may begin anew when its host wakes up. To a template it then looks
+/// as if it had been saved later: here by some days.
+fn woken(templates: &Templates<'_>, key: &str) {
+    const AHEAD: u64 = 1 << 50;
+    let state = templates.path().join(key).join("state");
+    set_tsc_ahead(&state, AHEAD);
+    let script = "read up idle </proc/uptime; date +%s; sleep 1; \
+        read later idle </proc/uptime; echo $up $later";
+    let mut pod = templates.pod("woken", &["sh", "-c", script]);
+    let before = now();
+    let output = pod.run();
+    let after = now();
+    let log = pod.log();
+    let words: Vec<f64> = output
+        .split_whitespace()
+        .map(|word| word.parse().unwrap())
+        .collect();
+    let [date, up, later] = words[..] else {
+        panic!("{output}\n{log}")
+    };
+    assert!((before as f64..=after as f64).contains(&date), "{output}");
+    assert!((0.0..3600.0).contains(&up), "{output}");
+    assert!((1.0..600.0).contains(&(later - up)), "{output}");
+    // Either KVM can set the counter, or a new template takes this one's place.
+    let refused = log.contains("time-stamp counter");
+    assert_eq!(refused, log.contains(BUILT), "{log}");
+    assert_cloned(&log);
+}
+
+/// Changes the counter that a state file has, as the VMM itself would have written it.
+fn set_tsc_ahead(state: &Path, ahead: u64) {
+    let decoded = format::decode(&std::fs::read(state).unwrap()).unwrap();
+    let mut fields = serde_json::to_value(&decoded).unwrap();
+    let registers = fields["vcpus"][0]["msrs"].as_array_mut().unwrap();
+    let counter = registers
+        .iter_mut()
+        .find(|register| register["index"] == msrs::TSC)
+        .unwrap();
+    counter["data"] = (counter["data"].as_u64().unwrap() + ahead).into();
+    let changed = serde_json::from_value(fields).unwrap();
+    std::fs::write(state, format::encode(&changed).unwrap()).unwrap();
+}
+
+/// Seconds since the epoch.
+fn now() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap()
+        .as_secs()
 }
 
 /// What no two clones may share.
@@ -229,12 +328,6 @@ fn clones(checks: &mut Checks, templates: &Templates<'_>) {
     const SCRIPT: &str = "read uuid </proc/sys/kernel/random/uuid; \
         read boot </proc/sys/kernel/random/boot_id; read up idle </proc/uptime; \
         echo $uuid $boot $(hexdump -n 32 -e '\"%08x\"' /dev/urandom) $up $(date +%s) $(hostname)";
-    let now = || {
-        SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap()
-            .as_secs()
-    };
     let mut seen: Vec<Vec<String>> = Vec::new();
     checks.check("five clones: right clocks and host names", || {
         for number in 0..5 {
