@@ -4,6 +4,7 @@
 mod boot_refused;
 mod check_command;
 mod clone_network;
+mod conformance;
 mod containerd;
 mod crash;
 mod cri;
@@ -42,6 +43,11 @@ const SCENARIOS: &[Scenario] = &[
         name: "cri-current",
         needs: Need::PodsOnCurrentContainerd,
         run: cri::current,
+    },
+    Scenario {
+        name: "conformance",
+        needs: Need::Guest,
+        run: conformance::run,
     },
     Scenario {
         name: "templates-life",

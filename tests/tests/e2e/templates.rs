@@ -305,12 +305,18 @@ fn woken(templates: &Templates<'_>, key: &str) {
 fn set_tsc_ahead(state: &Path, ahead: u64) {
     let decoded = format::decode(&std::fs::read(state).unwrap()).unwrap();
     let mut fields = serde_json::to_value(&decoded).unwrap();
+    // Each is a struct kvm_msr_entry as bytes: its index, reserved ones, its value.
     let registers = fields["vcpus"][0]["msrs"].as_array_mut().unwrap();
+    let index: Value = msrs::TSC.to_le_bytes().to_vec().into();
     let counter = registers
         .iter_mut()
-        .find(|register| register["index"] == msrs::TSC)
+        .map(|register| register.as_array_mut().unwrap())
+        .find(|register| register[..4] == index.as_array().unwrap()[..])
         .unwrap();
-    counter["data"] = (counter["data"].as_u64().unwrap() + ahead).into();
+    let value: Vec<u8> = serde_json::from_value(counter[8..].to_vec().into()).unwrap();
+    let later = u64::from_le_bytes(value.try_into().unwrap()) + ahead;
+    counter.truncate(8);
+    counter.extend(later.to_le_bytes().map(Value::from));
     let changed = serde_json::from_value(fields).unwrap();
     std::fs::write(state, format::encode(&changed).unwrap()).unwrap();
 }
