@@ -7,7 +7,6 @@ use containerd_shim_protos::api;
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::shim::oci::ProcessDetails;
 use protobuf::Message;
-use protobuf::well_known_types::any::Any;
 use serde_json::{Value, json};
 use std::time::Duration;
 
@@ -36,17 +35,7 @@ impl Task<'_> {
     }
 
     fn update(&self, resources: &Value) -> Result<api::Empty, Error> {
-        let resources = Any {
-            type_url: "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources".into(),
-            value: resources.to_string().into_bytes(),
-            ..Default::default()
-        };
-        let request = api::UpdateTaskRequest {
-            id: self.id(),
-            resources: Some(resources).into(),
-            ..Default::default()
-        };
-        self.shim.call(V, "Update", &request)
+        self.shim.update(V, resources)
     }
 
     fn pause(&self) -> Result<api::Empty, Error> {
