@@ -188,7 +188,12 @@ fn a_container_joins_the_processes_of_its_pod_and_of_no_other() {
     let linux = guest.linux().as_ref().unwrap();
     let namespaces = linux.namespaces().as_ref().unwrap();
     let kinds: Vec<_> = namespaces.iter().map(|one| one.typ()).collect();
-    assert_eq!(kinds, [LinuxNamespaceType::Mount]);
+    assert_eq!(kinds, [LinuxNamespaceType::Mount, LinuxNamespaceType::Pid]);
+    let path = namespaces[1].path().as_deref();
+    assert_eq!(
+        path,
+        Some(Path::new(bulkhead_proto::guest::POD_PID_NAMESPACE))
+    );
     spec["linux"]["namespaces"][1]["path"] = json!("/run/pid-namespace");
     let elsewhere = Bundle::new(&spec).load().unwrap();
     assert!(elsewhere.for_guest(&id(), &pod()).is_err());

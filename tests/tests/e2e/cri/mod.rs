@@ -370,6 +370,12 @@ fn sharing(checks: &mut Checks, containerd: &Containerd, client: &Client) {
             }
             let pid = client.shell(&second, "pidof sleep");
             assert_eq!(pid.split(' ').count(), 2, "{pid}");
+            // Neither the agent nor the kernel's threads.
+            let all = "for p in /proc/[0-9]*; do cat $p/comm 2>/dev/null; done; true";
+            let all = client.shell(&second, all);
+            let theirs = ["pod", "sleep", "sh", "cat"];
+            assert_eq!(all.lines().next(), Some("pod"), "{all}");
+            assert!(all.lines().all(|name| theirs.contains(&name)), "{all}");
             let kill = "for p in $(pidof sleep); do grep -q 4711 /proc/$p/cmdline && kill -9 $p; done; true";
         client.shell(&second, kill);
             assert_eq!(client.exited(&first).exit_code, 137);
