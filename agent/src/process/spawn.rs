@@ -13,6 +13,7 @@ use crate::error::{Context, Failure, Kind};
 use crate::log;
 use crate::namespaces;
 use crate::reaper::{Child, Reaper};
+use crate::rootfs::Sources;
 use crate::spares::Spares;
 use crate::spec::ContainerPlan;
 use crate::streams::HostStreams;
@@ -205,7 +206,7 @@ impl Spawner {
     ) -> Result<Spawned, Failure> {
         // Root of another user namespace may not see what is to be mounted.
         let sources = match plan.namespaces.ids {
-            Some(_) => Some(plan.rootfs.open_sources(&Linux)?),
+            Some(_) => Some(Sources::open(&plan.rootfs, &Linux)?),
             None => None,
         };
         let spares = self.spares.take(&plan.namespaces);
@@ -219,7 +220,15 @@ impl Spawner {
             sources: sources.as_ref(),
         };
         let ids = plan.namespaces.ids.as_deref();
-        self.spawn(&plan.process, role, flags, pids, ids, cgroup, host, size)
+        let stage = match &sources {
+            Some(sources) => sources.enter_stage(&Linux)?,
+            None => None,
+        };
+        let spawned = self.spawn(&plan.process, role, flags, pids, ids, cgroup, host, size);
+        if let Some(stage) = stage {
+            stage.leave()?;
+        }
+        spawned
     }
 
     /// Gives the first process of a container what only the guest's root may give it, and lets it

@@ -118,6 +118,12 @@ impl MountPlan {
         matches!(self.kind, MountKind::Bind { .. })
     }
 
+    /// Whether it is a bind mount that may do less than what it shows.
+    pub fn restricts(&self) -> bool {
+        let attributes = [self.options.attributes, self.options.recursive_attributes];
+        self.is_bind() && attributes.iter().any(|attributes| !attributes.is_empty())
+    }
+
     /// Whether mounts made elsewhere later may have to show up in it, or the other way round.
     pub fn wants_propagation(&self) -> bool {
         self.options.propagation.iter().any(|flags| {
