@@ -6,9 +6,12 @@ use bulkhead_tests::{Artifacts, Error};
 use containerd_shim_protos::api;
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::shim::oci::ProcessDetails;
+use nix::sys::statfs::{BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, statfs};
 use protobuf::Message;
 use protobuf::well_known_types::any::Any;
 use serde_json::{Value, json};
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
 use std::time::Duration;
 
 const V: TaskVersion = TaskVersion::V3;
@@ -95,10 +98,34 @@ fn until(mut so: impl FnMut() -> bool) {
     }
 }
 
+/// The user that the container has.
+const USER: u32 = 1000;
+
+/// Gives the container another user, a volume in which the files of root are that one's, and a hook
+/// that writes there. None where the file system can't do that.
+fn mapped_volume(bundle: &Bundle, spec: &mut Value) -> Option<PathBuf> {
+    let volume = bundle.beside("volume");
+    std::fs::create_dir(&volume).unwrap();
+    let kind = statfs(&volume).unwrap().filesystem_type();
+    if ![EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC].contains(&kind) {
+        eprintln!("not checked: id-mapped mounts, which the file system of the tests lacks");
+        return None;
+    }
+    let ids = json!([{ "containerID": 0, "hostID": USER, "size": 1 }]);
+    let mount = json!({ "destination": "/volume", "type": "bind", "source": volume,
+        "options": ["rbind", "idmap"], "uidMappings": ids, "gidMappings": ids });
+    spec["mounts"].as_array_mut().unwrap().push(mount);
+    spec["process"]["user"] = json!({ "uid": USER, "gid": USER });
+    let hook = json!({ "path": "/bin/busybox", "args": ["touch", "/volume/hooked"] });
+    spec["hooks"] = json!({ "startContainer": [hook] });
+    Some(volume)
+}
+
 pub fn run(checks: &mut Checks, artifacts: &Artifacts) {
     let bundle = Bundle::new(artifacts, "resources", "").unwrap();
     // Works all the time, without the kernel.
-    let mut busy = spec(&["sh", "-c", "while :; do :; done"]);
+    let mut busy = spec(&["sh", "-c", "touch /volume/made; while :; do :; done"]);
+    let volume = mapped_volume(&bundle, &mut busy);
     busy["linux"]["resources"] = json!({
         "memory": { "limit": LIMIT },
         "pids": { "limit": 20 }
@@ -114,6 +141,20 @@ pub fn run(checks: &mut Checks, artifacts: &Artifacts) {
         }
     });
     let Some(task) = started else { return };
+    if let Some(volume) = volume {
+        checks.check("an id-mapped volume: its files have other owners", || {
+            until(|| volume.join("made").exists());
+            let made = std::fs::metadata(volume.join("made")).unwrap();
+            assert_eq!((made.uid(), made.gid()), (0, 0));
+        });
+        checks.check(
+            "a startContainer hook ran in the container, before it",
+            || {
+                let hooked = std::fs::metadata(volume.join("hooked")).unwrap();
+                assert_eq!((hooked.uid(), hooked.gid()), (0, 0));
+            },
+        );
+    }
     stats_and_pids(checks, &task);
     updates(checks, &task);
     pauses(checks, &task);
