@@ -149,7 +149,7 @@ impl Client {
         let request = ExecSyncRequest {
             container_id: container.into(),
             cmd: argv.iter().map(|word| (*word).into()).collect(),
-            timeout: 60,
+            timeout: 100,
         };
         self.answer(self.service.clone().exec_sync(request))
     }

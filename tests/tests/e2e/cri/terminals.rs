@@ -36,7 +36,8 @@ pub fn checks(checks: &mut Checks, containerd: &Containerd, pod: &Pod, container
         let mut stream = client.attach_terminal(&id).unwrap();
         stream.type_in("end\n");
         assert_eq!(client.exited(&id).exit_code, 7);
-        let log = pod.log("attached", 2).join("\n");
+        // Each word is there twice, as it was typed and in the answer.
+        let log = pod.log("attached", 5).join("\n");
         assert!(
             log.contains("got first") && log.contains("got second"),
             "{log}"
