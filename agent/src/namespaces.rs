@@ -4,12 +4,14 @@ use crate::error::{Context, Failure};
 use crate::spares::Taken;
 use crate::spec::no_nul;
 use crate::users::IdMaps;
+use bulkhead_proto::guest::POD_PID_NAMESPACE;
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::Path;
 use std::sync::Arc;
 
 /// Longest host name, `__NEW_UTS_LEN` of the kernel.
@@ -27,14 +29,23 @@ pub struct NamespacePlan {
     pub new_cgroup: bool,
     /// A new time namespace with these offsets, as lines for /proc/self/timens_offsets.
     pub new_time: Option<String>,
-    /// The pid namespace of this process of the sandbox.
-    pub join_pid: Option<JoinedNamespace>,
+    /// The existing pid namespace that its processes are in.
+    pub join_pid: Option<JoinedPids>,
     /// Further namespaces of processes of the sandbox.
     pub join: Vec<JoinedNamespace>,
     /// Set in the container's uts namespace.
     pub hostname: Option<String>,
     /// Set in the container's uts namespace.
     pub domainname: Option<String>,
+}
+
+/// A pid namespace to join.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum JoinedPids {
+    /// The pod's.
+    Pod,
+    /// That of a process of the sandbox.
+    Process(JoinedNamespace),
 }
 
 /// A namespace of a running process, named by its path in the guest's /proc.
@@ -66,7 +77,8 @@ impl JoinedNamespace {
         }
     }
 
-    fn open(&self) -> Result<OwnedFd, Failure> {
+    /// Opens it.
+    pub fn open(&self) -> Result<OwnedFd, Failure> {
         rustix::fs::open(
             self.path.as_str(),
             OFlags::RDONLY | OFlags::CLOEXEC,
@@ -75,10 +87,9 @@ impl JoinedNamespace {
         .context(|| format!("open the namespace {}", self.path))
     }
 
-    /// Moves the calling process into it; with a pid namespace, only its future children.
-    pub fn enter(&self) -> Result<(), Failure> {
+    /// Moves the calling process into it.
+    fn enter(&self) -> Result<(), Failure> {
         let kind = match self.kind {
-            LinuxNamespaceType::Pid => LinkNameSpaceType::ProcessID,
             LinuxNamespaceType::Ipc => LinkNameSpaceType::InterProcessCommunication,
             _ => LinkNameSpaceType::HostNameAndNISDomainName,
         };
@@ -157,7 +168,12 @@ impl NamespacePlan {
             // that is the network namespace that everything starts in.
             (LinuxNamespaceType::Network, true) => {}
             (LinuxNamespaceType::Pid, true) => {
-                self.join_pid = Some(JoinedNamespace::new(namespace)?);
+                let pod = Some(Path::new(POD_PID_NAMESPACE));
+                self.join_pid = Some(if namespace.path().as_deref() == pod {
+                    JoinedPids::Pod
+                } else {
+                    JoinedPids::Process(JoinedNamespace::new(namespace)?)
+                });
             }
             (LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts, true) => {
                 self.join.push(JoinedNamespace::new(namespace)?);
@@ -173,9 +189,9 @@ impl NamespacePlan {
         Ok(())
     }
 
-    /// Whether the container's processes are in another pid namespace than the agent.
-    pub fn other_pids(&self) -> bool {
-        self.clone_flags & libc::CLONE_NEWPID != 0 || self.join_pid.is_some()
+    /// Whether the container gets a new pid namespace.
+    pub fn own_pids(&self) -> bool {
+        self.clone_flags & libc::CLONE_NEWPID != 0
     }
 
     /// In the container's first process: joins and makes what clone couldn't, and sets up what is
@@ -299,9 +315,19 @@ mod tests {
     }
 
     #[test]
+    fn knows_the_pods_pid_namespace_by_its_name() {
+        let pids = serde_json::json!({"type": "pid", "path": POD_PID_NAMESPACE});
+        let plan = plan(serde_json::json!([{"type": "mount"}, pids])).expect("a plan");
+        assert_eq!(plan.join_pid, Some(JoinedPids::Pod));
+        assert!(!plan.own_pids());
+    }
+
+    #[test]
     fn refuses_other_paths() {
         for (kind, path) in [
             ("ipc", "/proc/12/ns/uts"),
+            ("ipc", POD_PID_NAMESPACE),
+            ("pid", "/run/bulkhead/pod/../pid"),
             ("ipc", "/proc/self/ns/ipc"),
             ("ipc", "/proc/0/ns/ipc"),
             ("uts", "/proc/1/../ns/uts"),

@@ -318,7 +318,7 @@ mod tests {
             ("/hostname", json!("web"), "hostname"),
             (
                 "/mounts",
-                json!([{"destination": "/x", "type": "tmpfs", "options": ["remount"]}]),
+                json!([{"destination": "/x", "type": "tmpfs", "options": ["ridmap"]}]),
                 "mounts[0].options",
             ),
             (

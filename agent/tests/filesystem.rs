@@ -188,6 +188,36 @@ async fn a_tmpfs_can_start_with_what_it_covers() {
 }
 
 #[tokio::test]
+async fn what_is_mounted_can_be_mounted_again_with_other_options() {
+    if !host_is_able() {
+        return;
+    }
+    let agent = Agent::start().await;
+    let mut spec = agent.spec("c1", &["true"]);
+    let volume = agent.path().join("volume");
+    std::fs::create_dir(&volume).expect("a folder");
+    for mount in [
+        json!({"destination": "/v", "type": "bind", "source": volume, "options": ["bind"]}),
+        json!({"destination": "/v", "source": "none", "options": ["remount", "bind", "ro"]}),
+        json!({"destination": "/t", "type": "tmpfs", "source": "tmpfs", "options": ["size=1m"]}),
+        json!({"destination": "/t", "options": ["remount", "nosuid", "size=2m"]}),
+    ] {
+        spec = with(spec, "/mounts/-", mount);
+    }
+    let script = "touch /v/x 2>/dev/null || echo refused; grep -c ' /t rw,nosuid.*size=2048k' /proc/self/mountinfo";
+    assert_eq!(
+        output(&agent, "c1", spec.clone(), script).await,
+        "refused\n1\n"
+    );
+    let nothing = json!({"destination": "/root", "options": ["remount", "bind", "ro"]});
+    let spec = with(spec, "/mounts/-", nothing);
+    let (code, message) = status(agent.create("c2", &spec, Default::default()).await);
+    assert_eq!(code, Code::INVALID_ARGUMENT);
+    assert!(message.contains("nothing is mounted on /root"), "{message}");
+    agent.assert_nothing_left();
+}
+
+#[tokio::test]
 async fn links_in_the_image_lead_nowhere_outside() {
     if !host_is_able() {
         return;

@@ -127,6 +127,43 @@ async fn a_terminal_belongs_to_the_containers_root() {
 }
 
 #[tokio::test]
+async fn its_own_administrator_cannot_make_read_only_mounts_writable() {
+    if !host_is_able() {
+        return;
+    }
+    let agent = Agent::start().await;
+    let volume = agent.path().join("volume");
+    std::fs::create_dir(&volume).expect("a folder");
+    std::fs::write(volume.join("file"), "as it was\n").expect("a file");
+    give(&volume);
+    let script = "for place in /ro /deep /file; do mount -o remount,bind,rw none $place && echo $place is writable; done; \
+        echo x > /file; touch /ro/x /deep/x; mount -o remount,bind,rw none /rw && mount -o remount,bind,ro none /rw && echo may; cat /file";
+    let mut spec = mapped(&agent, "c1", &["sh", "-c", script]);
+    for (place, source, options) in [
+        ("/ro", "volume", json!(["bind", "ro", "nosuid"])),
+        ("/deep", "volume", json!(["rbind", "rro"])),
+        ("/file", "volume/file", json!(["bind", "ro"])),
+        ("/rw", "volume", json!(["bind"])),
+    ] {
+        let source = agent.path().join(source);
+        let mount =
+            json!({"destination": place, "type": "bind", "source": source, "options": options});
+        spec = with(spec, "/mounts/-", mount);
+    }
+    let all = json!(["CAP_SYS_ADMIN", "CAP_DAC_OVERRIDE"]);
+    let spec = with(
+        spec,
+        "/process/capabilities",
+        json!({"bounding": all, "effective": all, "permitted": all}),
+    );
+    let (code, out, err) = agent.run("c1", &spec).await;
+    // It is the administrator of its mounts: what it was given without a limit it may limit.
+    assert_eq!((code, out.as_str()), (0, "may\nas it was\n"), "{err}");
+    assert!(!volume.join("x").exists());
+    agent.assert_nothing_left();
+}
+
+#[tokio::test]
 async fn refusals_leave_nothing() {
     if !host_is_able() {
         return;

@@ -24,3 +24,7 @@ pub const SHARE_MOUNT: &str = "/run/bulkhead/shared";
 
 /// The agent in the guest's root image; PID 1.
 pub const AGENT_PATH: &str = "/sbin/bulkhead-agent";
+
+/// As the path of a pid namespace in a guest's spec: the pod's own, which its containers share.
+/// There is no such file; the agent knows the name.
+pub const POD_PID_NAMESPACE: &str = "/run/bulkhead/pod/pid";

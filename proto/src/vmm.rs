@@ -28,6 +28,13 @@ pub const MAX_REQUEST_DESCRIPTORS: usize = 2;
 /// Largest number of vCPUs.
 pub const MAX_VCPUS: u8 = 32;
 
+/// Memory is plugged and unplugged in blocks of so many MiB: what Linux can take from its page
+/// allocator as a whole (a page block on x86-64).
+pub const HOTPLUG_BLOCK_MIB: u32 = 2;
+
+/// Largest [`VmConfig::hotplug_mib`]: 1 TiB.
+pub const MAX_HOTPLUG_MIB: u32 = 1024 * 1024;
+
 /// The machine to build. All descriptors are owned by the VMM from the start.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -38,6 +45,11 @@ pub struct VmConfig {
     pub vcpus: u8,
     /// Guest memory in MiB, at least 32.
     pub memory_mib: u32,
+    /// How much memory in MiB can be plugged beyond that while the guest runs: a multiple of
+    /// [`HOTPLUG_BLOCK_MIB`] up to [`MAX_HOTPLUG_MIB`]. Nothing is plugged before
+    /// [`Request::SetHotplug`]. 0 leaves the virtio-mem device out.
+    #[serde(default)]
+    pub hotplug_mib: u32,
     /// /dev/kvm, opened read-write.
     pub kvm_fd: RawFd,
     /// The guest kernel, an uncompressed ELF vmlinux, read-only.
@@ -129,10 +141,18 @@ pub enum Request {
         /// See [`BlockConfig::read_only`]; must equal what the slot was created with.
         read_only: bool,
     },
+    /// Asks the guest to have so much memory beyond that which it booted with. It takes or gives it
+    /// block by block as far as it can, and goes on trying; [`Event::HotplugReached`] tells when it
+    /// has exactly that, and [`Status`] how far it is. Replaces what was asked before.
+    SetHotplug {
+        /// MiB, a multiple of [`HOTPLUG_BLOCK_MIB`] up to [`VmConfig::hotplug_mib`].
+        mib: u32,
+    },
     /// Saves the machine for [`VmConfig::template`] and ends the VM with [`ExitReason::Saved`] once
     /// that is answered. Two descriptors travel with it: an empty file for the memory and an empty
     /// file for the state, both open for writing. Refused while a vsock connection is open, while
-    /// the guest knows files of the share besides its root, or before the guest is ready. After an
+    /// the guest knows files of the share besides its root, while memory is plugged or asked to be,
+    /// or before the guest is ready. After an
     /// error the machine goes on and both files are empty again.
     SaveTemplate {},
     /// Ends the VM at once, without telling the guest.
@@ -166,8 +186,21 @@ pub struct Status {
     pub kvm: KvmKind,
     /// Number of returns of KVM_RUN to user space, all vCPUs together.
     pub userspace_exits: u64,
-    /// The devices in slot order, by type name (`block`, `rng`, `vsock`, `fs`, `console`).
+    /// The devices in slot order, by type name (`block`, `rng`, `vsock`, `fs`, `console`,
+    /// `balloon`, `mem`).
     pub devices: Vec<String>,
+    /// Memory beyond that which the guest booted with; none if the machine has no virtio-mem device.
+    pub hotplug: Option<HotplugStatus>,
+}
+
+/// Memory that can be plugged, in MiB.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HotplugStatus {
+    /// What was asked for last; 0 at first.
+    pub requested_mib: u32,
+    /// What the guest has taken.
+    pub plugged_mib: u32,
 }
 
 /// How this host's KVM runs guest kernel mode.
@@ -203,6 +236,12 @@ pub enum Event {
         since_start_us: u64,
         /// Returns of KVM_RUN to user space so far.
         userspace_exits: u64,
+    },
+    /// The guest has exactly the memory that the last [`Request::SetHotplug`] asked for. At most
+    /// once for each of them.
+    HotplugReached {
+        /// As asked for, in MiB.
+        mib: u32,
     },
     /// Last line: why the VM ended.
     Exited(ExitReason),

@@ -42,6 +42,9 @@ pub struct Config {
     /// Guest memory in MiB of a VM whose pod has no memory limit, 32 to 1048576; with a limit, at
     /// least this much.
     pub memory_mib: u32,
+    /// Memory in MiB up to which a running VM grows when its containers' limits are raised, 0 to
+    /// 1048576, though never beyond the host's. VMs that start with as much don't grow.
+    pub memory_max_mib: u32,
     /// Appended to the guest kernel's command line, one parameter each.
     pub kernel_params: Vec<String>,
     /// How much of the guest's console is kept in console.log.
@@ -74,6 +77,7 @@ impl Default for Config {
             runtime_dir: "/run/bulkhead".into(),
             vcpus: 1,
             memory_mib: 128,
+            memory_max_mib: 4096,
             kernel_params: Vec::new(),
             console: Console::Off,
             templates: true,
@@ -205,6 +209,10 @@ impl Config {
             let allowed = format!("must be {MIN_MEMORY_MIB} to {MAX_MEMORY_MIB} (MiB)");
             return range("memory_mib", self.memory_mib.to_string(), allowed);
         }
+        if self.memory_max_mib > MAX_MEMORY_MIB {
+            let allowed = format!("must be 0 to {MAX_MEMORY_MIB} (MiB)");
+            return range("memory_max_mib", self.memory_max_mib.to_string(), allowed);
+        }
         if !TEMPLATE_LIMIT_MIB.contains(&self.template_limit_mib) {
             let (low, high) = (TEMPLATE_LIMIT_MIB.start(), TEMPLATE_LIMIT_MIB.end());
             return range(
@@ -247,7 +255,7 @@ mod tests {
         let table: toml::Table = text.parse().unwrap();
         let mut keys: Vec<_> = table.keys().map(String::as_str).collect();
         keys.sort_unstable();
-        let wanted = "console kernel kernel_params memory_mib rootfs runtime_dir \
+        let wanted = "console kernel kernel_params memory_max_mib memory_mib rootfs runtime_dir \
                       template_dir template_limit_mib templates vcpus vmm";
         assert_eq!(keys.join(" "), wanted);
     }
@@ -258,6 +266,10 @@ mod tests {
             ("vcpus = 0", "/etc/x.toml: vcpus = 0: must be 1 to 32"),
             ("vcpus = 33", "vcpus = 33: must be 1 to 32"),
             ("memory_mib = 31", "memory_mib = 31: must be 32 to 1048576"),
+            (
+                "memory_max_mib = 1048577",
+                "memory_max_mib = 1048577: must be 0 to 1048576 (MiB)",
+            ),
             (
                 "kernel = \"vmlinux\"",
                 "kernel = \"vmlinux\": must be an absolute path",

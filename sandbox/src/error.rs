@@ -5,6 +5,7 @@ use crate::config::ConfigError;
 use crate::folder::FolderError;
 use crate::guest::AgentError;
 use crate::hooks::HookError;
+use crate::hotplug::HotplugError;
 use crate::ids::IdError;
 use crate::images::ImageError;
 use crate::mounts::MountError;
@@ -61,6 +62,9 @@ pub enum Error {
         /// What the agent said; a missing executable is named there.
         cause: Arc<AgentError>,
     },
+    /// The VM can't have the memory that its containers' limits need.
+    #[error(transparent)]
+    Hotplug(#[from] HotplugError),
     /// The VM ended.
     #[error("the sandbox's virtual machine has ended: {0}")]
     VmEnded(VmEnd),
@@ -121,6 +125,7 @@ impl Error {
             Error::Size(_) => Kind::InvalidArgument,
             Error::Stdio(error) => error.kind(),
             Error::Agent(error) => error.kind(),
+            Error::Hotplug(error) => error.kind(),
             // What isn't found then is the executable or the root, not the container: daemons take
             // NotFound for the latter.
             Error::Runtime { cause, .. } => match cause.kind() {

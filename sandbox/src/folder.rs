@@ -364,7 +364,7 @@ impl Locator {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::mounts::{bind_into_share, make_mount_points, mounts_below};
+    use crate::mounts::{bind_into_share, bind_root_into_share, make_mount_points, mounts_below};
     use crate::spec::Bind;
 
     fn folder(dir: &Path) -> RuntimeFolder {
@@ -417,11 +417,12 @@ mod tests {
             is_dir: true,
             readonly: true,
             recursive: true,
+            ids: None,
         }];
         make_mount_points(&folder.container_skeleton(&id), &binds).unwrap();
         let share = folder.container_share(&id);
-        bind_into_share(&root, &share.join("rootfs"), false, false).unwrap();
-        bind_into_share(&data, &share.join("mounts/0"), true, true).unwrap();
+        bind_root_into_share(&root, &share.join("rootfs")).unwrap();
+        bind_into_share(&binds[0], &share.join("mounts/0")).unwrap();
 
         fs::write(share.join("rootfs/written"), "x").unwrap();
         assert!(root.join("written").exists());

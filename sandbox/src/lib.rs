@@ -19,11 +19,13 @@
 mod boot;
 pub mod cleanup;
 pub mod config;
+mod control;
 mod error;
 pub mod fds;
 mod folder;
 mod guest;
 mod hooks;
+mod hotplug;
 pub mod ids;
 pub mod images;
 mod mounts;
@@ -43,6 +45,7 @@ mod vmm;
 
 pub use error::{Error, Kind, Result};
 pub use folder::{Locator, RuntimeFolder};
+pub use hotplug::HotplugError;
 pub use mounts::{MountError, RootfsMount};
 pub use process::{ExitStatus, Status};
 pub use sandbox::{

@@ -7,7 +7,7 @@ use crate::folder::RuntimeFolder;
 use crate::guest::{AgentError, Guest, streams};
 use crate::hooks::{self, HookState};
 use crate::ids::{ContainerId, Namespace, ProcessId};
-use crate::mounts::{bind_into_share, make_mount_points};
+use crate::mounts::{bind_into_share, bind_root_into_share, make_mount_points};
 use crate::prepare::{self, Prepared};
 use crate::spec::{BundleSpec, parse_process};
 use crate::stdio::{Copies, Stdio};
@@ -65,10 +65,10 @@ fn share(prepared: &Prepared) -> Result<()> {
     // made in it first, and then the agent makes it read-only. Where the daemon mounted the root
     // read-only, it is that here too.
     let root = prepared.spec.root_path();
-    bind_into_share(&root, &share.join("rootfs"), false, true)?;
+    bind_root_into_share(&root, &share.join("rootfs"))?;
     for bind in &prepared.guest.binds {
         let target = share.join("mounts").join(bind.number.to_string());
-        bind_into_share(&bind.source, &target, bind.readonly, bind.recursive)?;
+        bind_into_share(bind, &target)?;
     }
     Ok(())
 }

@@ -47,6 +47,12 @@ impl Pace {
         self.seconds(5, 80)
     }
 
+    /// Plugging so many MiB of memory, each 128 MiB of which cost the guest some 2 million
+    /// instructions.
+    pub fn plug(self, mib: u32) -> Duration {
+        self.seconds(10, 80) + self.seconds(1, 20) * mib.div_ceil(128)
+    }
+
     /// Guest shutdown, from the call to the VMM's end. Short even on a slow host: the daemon waits.
     pub fn shutdown(self) -> Duration {
         self.seconds(3, 15)
@@ -76,6 +82,7 @@ mod tests {
             Pace::dial,
             Pace::create,
             Pace::call,
+            |pace: Pace| pace.plug(256),
             Pace::shutdown,
             Pace::output_stall,
             Pace::drain_stall,

@@ -6,6 +6,7 @@
 
 use crate::config::{Config, MAX_MEMORY_MIB, MAX_VCPUS};
 use crate::pod::PodLimits;
+use bulkhead_proto::vmm::HOTPLUG_BLOCK_MIB;
 
 /// Memory in MiB that the guest's kernel and the agent take beside the containers.
 pub const OVERHEAD_MIB: u64 = 64;
@@ -22,6 +23,8 @@ pub struct MachineSize {
     pub vcpus: u8,
     /// Guest memory in MiB, even.
     pub memory_mib: u32,
+    /// How much can be plugged beyond that while the guest runs, in MiB, even; 0 for none.
+    pub hotplug_mib: u32,
 }
 
 /// A machine that this host can't hold.
@@ -87,10 +90,30 @@ pub fn machine_size(
     let wanted = u8::try_from(quota.div_ceil(period))
         .unwrap_or(MAX_VCPUS)
         .min(MAX_VCPUS);
+    let max_mib = u64::from(config.memory_max_mib).min(largest_mib);
+    let hotplug_mib = max_mib.saturating_sub(memory_mib);
     Ok(MachineSize {
         vcpus: wanted.max(config.vcpus),
         memory_mib: u32::try_from(memory_mib).unwrap_or(MAX_MEMORY_MIB),
+        hotplug_mib: u32::try_from(hotplug_mib).unwrap_or(0) / HOTPLUG_BLOCK_MIB
+            * HOTPLUG_BLOCK_MIB,
     })
+}
+
+impl MachineSize {
+    /// How much memory must be plugged, in MiB, for containers whose limits are `limits` bytes
+    /// together, up to a number that no machine has: what they exceed the boot memory by, together
+    /// with the guest's own, and room for the page descriptors of what is plugged (1.6%).
+    pub fn hotplug_for(&self, limits: u64) -> u64 {
+        let wanted = limits.div_ceil(MIB).saturating_add(OVERHEAD_MIB);
+        match wanted.saturating_sub(u64::from(self.memory_mib)) {
+            0 => 0,
+            more => more
+                .saturating_add(more / 64)
+                .div_ceil(HOTPLUG_BLOCK_MIB.into())
+                .saturating_mul(HOTPLUG_BLOCK_MIB.into()),
+        }
+    }
 }
 
 /// The smallest class that holds `wanted_mib`, or that itself where the class wouldn't fit.
@@ -144,21 +167,24 @@ mod tests {
             size(None, None, None),
             MachineSize {
                 vcpus: 1,
-                memory_mib: 128
+                memory_mib: 128,
+                hotplug_mib: 4096 - 128
             }
         );
         assert_eq!(
             size(Some(-1), Some(-1), Some(100_000)),
             MachineSize {
                 vcpus: 1,
-                memory_mib: 128
+                memory_mib: 128,
+                hotplug_mib: 4096 - 128
             }
         );
         assert_eq!(
             size(Some(0), Some(0), Some(0)),
             MachineSize {
                 vcpus: 1,
-                memory_mib: 128
+                memory_mib: 128,
+                hotplug_mib: 4096 - 128
             }
         );
     }
@@ -203,6 +229,34 @@ mod tests {
         let on = |host: u64| machine_size(&Config::default(), limits, host << 20).unwrap();
         assert_eq!(on(1024).memory_mib, 1024);
         assert_eq!(on(1000).memory_mib, 964);
+    }
+
+    #[test]
+    fn a_machine_may_grow_up_to_the_configured_size_or_the_hosts() {
+        assert_eq!(size(Some(4000 << 20), None, None).hotplug_mib, 0);
+        let grown = |max: u32, host: u64| {
+            let config = Config {
+                memory_max_mib: max,
+                ..Config::default()
+            };
+            machine_size(&config, PodLimits::default(), host << 20)
+                .unwrap()
+                .hotplug_mib
+        };
+        assert_eq!(grown(0, 1024), 0);
+        assert_eq!(grown(128, 1024), 0);
+        assert_eq!(grown(131, 1024), 2);
+        assert_eq!(grown(u32::MAX, 1024), 1024 - 128);
+    }
+
+    #[test]
+    fn what_exceeds_the_boot_memory_is_plugged() {
+        let machine = size(None, None, None);
+        assert_eq!(machine.hotplug_for(0), 0);
+        assert_eq!(machine.hotplug_for(64 << 20), 0);
+        assert_eq!(machine.hotplug_for((64 << 20) + 1), 2);
+        assert_eq!(machine.hotplug_for(256 << 20), 194 + 2);
+        assert!(machine.hotplug_for(u64::MAX) > 1 << 40);
     }
 
     #[test]

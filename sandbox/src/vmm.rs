@@ -83,6 +83,8 @@ pub(crate) struct VmmStart<'a> {
 pub(crate) struct Vmm {
     pub process: ProcessRef,
     pub ended: watch::Receiver<Option<VmEnd>>,
+    /// The size in MiB of the last [`Event::HotplugReached`].
+    pub hotplug_reached: watch::Receiver<Option<u32>>,
     kill: mpsc::Sender<()>,
 }
 
@@ -139,10 +141,16 @@ impl Vmm {
         let (ended_tx, ended) = watch::channel(None);
         let (events_tx, events) = mpsc::channel(8);
         let reader = pipe::Receiver::from_owned_fd(events_read).map_err(failed)?;
-        tokio::spawn(monitor(child, reader, events_tx, killed, ended_tx));
+        let (reached_tx, hotplug_reached) = watch::channel(None);
+        let told = Told {
+            events: events_tx,
+            hotplug_reached: reached_tx,
+        };
+        tokio::spawn(monitor(child, reader, told, killed, ended_tx));
         let vmm = Self {
             process,
             ended,
+            hotplug_reached,
             kill,
         };
         Ok(Unconfigured {
@@ -194,6 +202,7 @@ fn describe(
         sandbox_id: start.sandbox.to_string(),
         vcpus: start.size.vcpus,
         memory_mib: start.size.memory_mib,
+        hotplug_mib: start.size.hotplug_mib,
         kvm_fd: fds.add(&start.images.kvm).map_err(failed)?,
         kernel_fd: fds.add(&start.images.kernel).map_err(failed)?,
         kernel_params: start.kernel_params.to_vec(),
@@ -262,15 +271,22 @@ fn isolate(command: &mut Command, netns: &HostNetns, dies_with_us: bool) -> io::
     Ok(())
 }
 
+/// Who is told of events.
+struct Told {
+    /// Whoever brings the VM up.
+    events: mpsc::Sender<Event>,
+    hotplug_reached: watch::Sender<Option<u32>>,
+}
+
 /// Reads events and waits for the end, both for as long as the VMM lives.
 async fn monitor(
     mut child: std::process::Child,
     events: pipe::Receiver,
-    events_tx: mpsc::Sender<Event>,
+    told: Told,
     mut killed: mpsc::Receiver<()>,
     ended: watch::Sender<Option<VmEnd>>,
 ) {
-    let reader = tokio::spawn(read_events(events, events_tx));
+    let reader = tokio::spawn(read_events(events, told));
     let exit = exit_signal(child.id());
     tokio::pin!(exit);
     loop {
@@ -323,7 +339,7 @@ async fn exit_signal(pid: u32) {
 
 /// Passes events on and returns the exit reason, if the VMM wrote one. The VMM may be in the
 /// guest's hands, so lines are bounded and a bad one ends the reading.
-async fn read_events(events: pipe::Receiver, tx: mpsc::Sender<Event>) -> Option<ExitReason> {
+async fn read_events(events: pipe::Receiver, told: Told) -> Option<ExitReason> {
     let mut events = BufReader::new(events);
     let mut reason = None;
     loop {
@@ -344,8 +360,11 @@ async fn read_events(events: pipe::Receiver, tx: mpsc::Sender<Event>) -> Option<
             Ok(Event::Exited(why)) => reason = Some(why),
             Ok(event) => {
                 tracing::info!(?event, "VMM event");
+                if let Event::HotplugReached { mib } = event {
+                    told.hotplug_reached.send_replace(Some(mib));
+                }
                 // Nobody listens once the guest is ready.
-                let _ = tx.try_send(event);
+                let _ = told.events.try_send(event);
             }
             Err(error) => {
                 tracing::warn!(%error, "the VMM wrote an event that is none");

@@ -10,9 +10,14 @@
 //! DIR change its mind: with `no-save` it doesn't save, with `saving` it writes its pid there and
 //! hangs instead, with `refuse` it refuses every template, with `lost` a clone ends at once. Each
 //! start is noted in `DIR/starts` by a line, `boot` or `clone`.
+//!
+//! Each size that it is asked for is noted in `DIR/sizes` by a line, in MiB, and reached at once;
+//! with `no-plug` in DIR only as far as half of it.
 
 use bulkhead_proto::guest::AGENT_PORT;
-use bulkhead_proto::vmm::{CONFIG_FD, Event, ExitReason, KvmKind, Request, Response, VmConfig};
+use bulkhead_proto::vmm::{
+    CONFIG_FD, Event, ExitReason, HotplugStatus, KvmKind, Request, Response, Status, VmConfig,
+};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -146,28 +151,62 @@ const STATE: &[u8] = b"its state";
 static OPEN: AtomicUsize = AtomicUsize::new(0);
 
 fn serve_control(control: &UnixListener, sockets: &str, mut events: File) -> io::Result<()> {
+    let mut hotplug = HotplugStatus {
+        requested_mib: 0,
+        plugged_mib: 0,
+    };
     for client in control.incoming() {
         let client = client?;
         let (request, files) = receive(&client)?;
+        let mut saved = false;
         let response = match request {
-            Request::SaveTemplate {} => save(sockets, files),
+            Request::SaveTemplate {} => save(sockets, files).map(|()| {
+                saved = true;
+                Response::Ok
+            }),
+            Request::SetHotplug { mib } => {
+                resize(sockets, mib, &mut hotplug, &mut events).map(|()| Response::Ok)
+            }
+            Request::Status {} => Ok(Response::Status(Status {
+                paused: false,
+                ready: true,
+                kvm: KvmKind::Vmx,
+                userspace_exits: 0,
+                devices: Vec::new(),
+                hotplug: Some(hotplug),
+            })),
             other => Err(io::Error::other(format!("the double can't {other:?}"))),
         };
-        let answer = match &response {
-            Ok(()) => Response::Ok,
-            Err(error) => Response::Error {
-                message: error.to_string(),
-            },
-        };
+        let answer = response.unwrap_or_else(|error| Response::Error {
+            message: error.to_string(),
+        });
         let mut line = serde_json::to_vec(&answer)?;
         line.push(b'\n');
         (&client).write_all(&line)?;
-        if response.is_ok() {
+        if saved {
             tell(&mut events, &Event::Exited(ExitReason::Saved))?;
             std::process::exit(0);
         }
     }
     Ok(())
+}
+
+fn resize(
+    sockets: &str,
+    mib: u32,
+    hotplug: &mut HotplugStatus,
+    events: &mut File,
+) -> io::Result<()> {
+    let path = format!("{sockets}/sizes");
+    let mut sizes = File::options().create(true).append(true).open(path)?;
+    writeln!(sizes, "{mib}")?;
+    hotplug.requested_mib = mib;
+    if Path::new(sockets).join("no-plug").exists() {
+        hotplug.plugged_mib = mib / 2;
+        return Ok(());
+    }
+    hotplug.plugged_mib = mib;
+    tell(events, &Event::HotplugReached { mib })
 }
 
 fn save(sockets: &str, files: Vec<File>) -> io::Result<()> {

@@ -1,6 +1,8 @@
 //! A pod's life as its callers see it, with a VMM's double and an agent in the test's own memory.
 
 mod common;
+#[path = "life/memory.rs"]
+mod memory;
 #[path = "life/resources.rs"]
 mod resources;
 #[path = "life/templates.rs"]

@@ -320,7 +320,9 @@ fn build(
 }
 
 fn describe_boot(size: MachineSize) -> String {
-    let MachineSize { vcpus, memory_mib } = size;
+    let MachineSize {
+        vcpus, memory_mib, ..
+    } = size;
     format!("booting a machine of {memory_mib} MiB with {vcpus} vCPU")
 }
 

@@ -334,6 +334,24 @@ impl Shim<'_> {
         self.call(version, "Exec", &request)
     }
 
+    /// Changes limits; `resources` are the runtime spec's as JSON.
+    ///
+    /// # Errors
+    /// As [`Shim::call`].
+    pub fn update(&self, version: TaskVersion, resources: &Value) -> Result<api::Empty> {
+        let resources = protobuf::well_known_types::any::Any {
+            type_url: "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources".into(),
+            value: resources.to_string().into_bytes(),
+            ..Default::default()
+        };
+        let request = api::UpdateTaskRequest {
+            id: self.bundle.id.clone(),
+            resources: Some(resources).into(),
+            ..Default::default()
+        };
+        self.call(version, "Update", &request)
+    }
+
     /// Asks the shim to leave if it has no task.
     ///
     /// # Errors

@@ -27,6 +27,8 @@ pub struct VmSpec {
     pub vcpus: u8,
     /// Guest memory in MiB.
     pub memory_mib: u32,
+    /// Memory in MiB that can be plugged; 0 for a machine without that device.
+    pub hotplug_mib: u32,
     /// Appended to the kernel's command line.
     pub kernel_params: Vec<String>,
     /// All kernel messages into [`Vm::console`].
@@ -75,6 +77,7 @@ impl Default for VmSpec {
         Self {
             vcpus: 1,
             memory_mib: 128,
+            hotplug_mib: 0,
             kernel_params: Vec::new(),
             verbose: false,
             kernel: None,
@@ -120,6 +123,7 @@ impl VmSpec {
             sandbox_id: "bulkhead-tests".into(),
             vcpus: self.vcpus,
             memory_mib: self.memory_mib,
+            hotplug_mib: self.hotplug_mib,
             kvm_fd: give(&mut fds, open_both(Path::new("/dev/kvm"))?)?,
             kernel_fd: give(
                 &mut fds,

@@ -1,6 +1,7 @@
 //! Where a vCPU's accesses to ports and device windows go.
 
 use std::io::{self, Write};
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vm_superio::serial::NoEvents;
@@ -35,12 +36,18 @@ pub struct Bus {
     uart: Mutex<Uart>,
     console: Arc<Mutex<ConsoleLog>>,
     windows: Vec<Mutex<MmioTransport>>,
+    /// Where memory can be plugged. What arrives here is for blocks that aren't.
+    hotplug: Range<u64>,
 }
 
 impl Bus {
     /// A bus with the early console and `devices`, window by window from
-    /// [`layout::MMIO_BASE`] on.
-    pub fn new(console: Arc<Mutex<ConsoleLog>>, devices: Vec<MmioTransport>) -> Self {
+    /// [`layout::MMIO_BASE`] on, and memory that can be plugged at the addresses of `hotplug`.
+    pub fn new(
+        console: Arc<Mutex<ConsoleLog>>,
+        devices: Vec<MmioTransport>,
+        hotplug: Range<u64>,
+    ) -> Self {
         Self {
             uart: Mutex::new(Serial::new(
                 NoInterrupt,
@@ -48,13 +55,16 @@ impl Bus {
             )),
             console,
             windows: devices.into_iter().map(Mutex::new).collect(),
+            hotplug,
         }
     }
 
-    /// A read of the guest's from a device window; addresses without a device read as all ones.
+    /// A read of the guest's from a device window. Memory that isn't plugged reads as zeros, other
+    /// addresses without a device as all ones.
     pub fn read(&self, address: u64, data: &mut [u8]) {
         match self.window(address) {
             Some((device, offset)) => locked(device).read(offset, data),
+            None if self.hotplug.contains(&address) => data.fill(0),
             None => data.fill(0xff),
         }
     }
@@ -204,9 +214,14 @@ impl Write for ConsoleWriter {
 mod tests {
     use super::*;
 
+    const UNPLUGGED: Range<u64> = 0x1_0000_0000..0x1_0800_0000;
+
     fn bus() -> (Bus, Arc<Mutex<ConsoleLog>>) {
         let console = Arc::new(Mutex::new(ConsoleLog::new(None, 0)));
-        (Bus::new(Arc::clone(&console), Vec::new()), console)
+        (
+            Bus::new(Arc::clone(&console), Vec::new(), UNPLUGGED),
+            console,
+        )
     }
 
     #[test]

@@ -25,6 +25,11 @@ const EMULATED: &[&str] = &[
     "clocksource=kvm-clock",
 ];
 
+/// Where memory can be plugged. Linux then puts up to three times as much as it booted with where
+/// only pages are that can be moved out of the way, and more in turns with memory for all uses: what
+/// nobody needs any more can be unplugged again.
+const HOTPLUG: &str = "memory_hotplug.online_policy=auto-movable";
+
 /// Why there is no command line.
 #[derive(Debug, Error)]
 pub enum CommandLineError {
@@ -45,7 +50,8 @@ pub enum CommandLineError {
     },
 }
 
-/// Builds the command line for `devices` virtio-mmio windows.
+/// Builds the command line for `devices` virtio-mmio windows; with `hotplug` one of them is the
+/// memory device's.
 ///
 /// # Errors
 /// When one of `extra` is malformed or the line gets too long.
@@ -53,6 +59,7 @@ pub fn build(
     kind: KvmKind,
     devices: usize,
     verbose: bool,
+    hotplug: bool,
     extra: &[String],
 ) -> Result<String, CommandLineError> {
     if let Some(parameter) = extra
@@ -73,6 +80,9 @@ pub fn build(
     }
     if verbose {
         words.push("console=hvc0".into());
+    }
+    if hotplug {
+        words.push(HOTPLUG.into());
     }
     for slot in 0..devices as u64 {
         words.push(format!(
@@ -96,23 +106,34 @@ mod tests {
 
     #[test]
     fn each_device_is_named_with_its_window_and_line() {
-        let line = build(KvmKind::Vmx, 2, false, &["debug".into()]).unwrap();
+        let line = build(KvmKind::Vmx, 2, false, true, &["debug".into()]).unwrap();
         assert!(line.contains("virtio_mmio.device=4K@0xd0000000:5 "));
         assert!(line.contains("virtio_mmio.device=4K@0xd0001000:6 "));
         assert!(line.ends_with(" debug"));
         assert!(!line.contains("emulated"));
+        assert!(line.contains(HOTPLUG));
     }
 
     #[test]
     fn an_emulated_host_gets_its_switch() {
-        let line = build(KvmKind::Emulated, 1, false, &[]).unwrap();
+        let line = build(KvmKind::Emulated, 1, false, false, &[]).unwrap();
         assert!(line.contains("bulkhead.emulated_ring0"));
+        assert!(!line.contains(HOTPLUG));
     }
 
     #[test]
     fn bad_parameters_are_refused() {
-        assert!(build(KvmKind::Vmx, 1, false, &["a b".into()]).is_err());
-        assert!(build(KvmKind::Vmx, 1, false, &[String::new()]).is_err());
-        assert!(build(KvmKind::Vmx, 1, false, &["x".repeat(COMMAND_LINE_MAX)]).is_err());
+        assert!(build(KvmKind::Vmx, 1, false, false, &["a b".into()]).is_err());
+        assert!(build(KvmKind::Vmx, 1, false, false, &[String::new()]).is_err());
+        assert!(
+            build(
+                KvmKind::Vmx,
+                1,
+                false,
+                false,
+                &["x".repeat(COMMAND_LINE_MAX)]
+            )
+            .is_err()
+        );
     }
 }

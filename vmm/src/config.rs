@@ -7,11 +7,14 @@ use std::io::Read;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 
-use bulkhead_proto::vmm::{BlockConfig, CONFIG_FD, MAX_VCPUS, VmConfig};
+use bulkhead_proto::vmm::{
+    BlockConfig, CONFIG_FD, HOTPLUG_BLOCK_MIB, MAX_HOTPLUG_MIB, MAX_VCPUS, VmConfig,
+};
 use kvm_ioctls::Kvm;
 use thiserror::Error;
 
 use crate::arch::x86_64::layout;
+use crate::devices;
 
 /// Largest configuration accepted, in bytes.
 const MAX_CONFIG: u64 = 1 << 20;
@@ -59,6 +62,10 @@ pub struct Resources {
     pub vcpus: u8,
     /// Guest memory in bytes.
     pub memory_bytes: u64,
+    /// How much more can be plugged, in MiB.
+    pub hotplug_mib: u32,
+    /// Length in bytes of the region for that, see [`layout::hotplug_region`].
+    pub hotplug_region: u64,
     /// /dev/kvm.
     pub kvm: Kvm,
     /// The guest kernel.
@@ -147,15 +154,18 @@ fn validate(config: &VmConfig) -> Result<(), ConfigError> {
             format!("at least {MIN_MEMORY_MIB}"),
         );
     }
-    // Root, random numbers, vsock, share and console, and what else is in `block`.
-    let devices = config.block.len() + 4;
-    let most = (layout::IRQ_END - layout::FIRST_DEVICE_IRQ) as usize;
-    if devices > most {
+    if config.hotplug_mib > MAX_HOTPLUG_MIB || !config.hotplug_mib.is_multiple_of(HOTPLUG_BLOCK_MIB)
+    {
         return out_of_range(
-            "block",
-            &config.block.len(),
-            format!("at most {}", most - 4),
+            "hotplug_mib",
+            &config.hotplug_mib,
+            format!("a multiple of {HOTPLUG_BLOCK_MIB}, at most {MAX_HOTPLUG_MIB}"),
         );
+    }
+    let others = devices::count(0, true, true, true);
+    let most = (layout::IRQ_END - layout::FIRST_DEVICE_IRQ) as usize - others;
+    if config.block.len() > most {
+        return out_of_range("block", &config.block.len(), format!("at most {most}"));
     }
     for block in &config.block {
         if block.serial.len() > MAX_SERIAL || !block.serial.bytes().all(|b| b.is_ascii_graphic()) {
@@ -189,10 +199,13 @@ fn claim(config: VmConfig, claims: &mut Claims) -> Result<Resources, ConfigError
             },
         )
         .collect::<Result<_, ConfigError>>()?;
+    let memory_bytes = u64::from(config.memory_mib) << 20;
     Ok(Resources {
         sandbox_id: config.sandbox_id,
         vcpus: config.vcpus,
-        memory_bytes: u64::from(config.memory_mib) << 20,
+        memory_bytes,
+        hotplug_mib: config.hotplug_mib,
+        hotplug_region: layout::hotplug_region(memory_bytes, u64::from(config.hotplug_mib) << 20),
         kvm: kvm(claims.take("kvm_fd", config.kvm_fd)?),
         kernel: claims.take("kernel_fd", config.kernel_fd)?.into(),
         kernel_params: config.kernel_params,
@@ -298,6 +311,7 @@ mod tests {
             sandbox_id: "test".into(),
             vcpus: 1,
             memory_mib: 128,
+            hotplug_mib: 0,
             kvm_fd: 4,
             kernel_fd: 5,
             kernel_params: Vec::new(),
@@ -326,6 +340,12 @@ mod tests {
         wrong = config();
         wrong.memory_mib = 16;
         assert!(validate(&wrong).unwrap_err().to_string().contains("16"));
+        for hotplug_mib in [3, MAX_HOTPLUG_MIB + 2] {
+            wrong = config();
+            wrong.hotplug_mib = hotplug_mib;
+            let error = validate(&wrong).unwrap_err().to_string();
+            assert!(error.starts_with("hotplug_mib = "), "{error}");
+        }
         wrong = config();
         wrong.block = vec![
             BlockConfig {

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Instant;
 
-use bulkhead_proto::vmm::Event;
+use bulkhead_proto::vmm::{Event, HotplugStatus};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use thiserror::Error;
 use vm_memory::GuestMemoryMmap;
@@ -18,11 +18,13 @@ use crate::coalesced;
 use crate::config::BlockResource;
 use crate::event_loop::{self, EventLoop, EventLoopHandle};
 use crate::events::EventSink;
+use crate::memory::Memory;
 use crate::seccomp::{ThreadKind, ThreadStart};
 use crate::virtio::balloon::BalloonDevice;
 use crate::virtio::block::{Backing, BackingError, BlockDevice, BlockHandle, SetBackingError};
 use crate::virtio::console::{ConsoleDevice, ConsoleLog};
 use crate::virtio::fs::{FsDevice, FsError};
+use crate::virtio::mem::{KvmSlots, MemDevice, MemHandle, Region, ResizeError};
 use crate::virtio::mmio::{self, MMIO_SIZE, MmioTransport, PREPARING, QUEUE_NOTIFY};
 use crate::virtio::rng::RngDevice;
 use crate::virtio::vsock::{VsockDevice, VsockError};
@@ -103,12 +105,25 @@ pub enum BackingRequestError {
     SetBacking(#[from] SetBackingError),
 }
 
+/// Why a guest wasn't asked for another size; nothing has changed.
+#[derive(Debug, Error)]
+pub enum HotplugRequestError {
+    /// Not on this machine.
+    #[error("the machine has no memory device; start it with a hotplug_mib")]
+    NoDevice,
+    /// Not this much.
+    #[error(transparent)]
+    Resize(#[from] ResizeError),
+}
+
 /// What devices are built from.
 pub struct DeviceContext<'a> {
-    /// For interrupt lines and notifications.
-    pub vm: &'a VmFd,
+    /// For interrupt lines, notifications and plugged memory.
+    pub vm: &'a Arc<VmFd>,
     /// Guest memory.
-    pub memory: &'a GuestMemoryMmap,
+    pub memory: &'a Memory,
+    /// How many MiB of its region can be plugged.
+    pub hotplug_mib: u32,
     /// Block devices in slot order.
     pub block: Vec<BlockResource>,
     /// Where clients dial the guest.
@@ -155,14 +170,15 @@ impl Loops {
 
 /// How many devices [`Devices::build`] makes: the block devices, random numbers, vsock and the
 /// balloon, and what else is asked for.
-pub fn count(block: usize, share: bool, console: bool) -> usize {
-    block + 3 + usize::from(share) + usize::from(console)
+pub fn count(block: usize, share: bool, console: bool, hotplug: bool) -> usize {
+    block + 3 + usize::from(share) + usize::from(console) + usize::from(hotplug)
 }
 
 /// The machine's devices and the threads that serve them.
 pub struct Devices {
     types: Vec<DeviceType>,
     block: Vec<BlockHandle>,
+    mem: Option<MemHandle>,
     readiness: Arc<Readiness>,
     /// Held for their threads.
     _loops: Vec<EventLoop>,
@@ -190,7 +206,7 @@ impl Devices {
         devices.push(Box::new(RngDevice::new(events.clone())));
 
         let readiness = Arc::new(Readiness::new(
-            context.events,
+            context.events.clone(),
             context.started,
             context.ready,
         ));
@@ -207,13 +223,22 @@ impl Devices {
         if let Some(log) = context.console {
             devices.push(Box::new(ConsoleDevice::new(log, events.clone())));
         }
-        devices.push(Box::new(BalloonDevice::new(events)));
+        devices.push(Box::new(BalloonDevice::new(events.clone())));
+        let mem = context.memory.hotplug.as_ref().map(|region| {
+            let slots = KvmSlots::new(Arc::clone(context.vm), Arc::clone(region));
+            let region = Region::new(Arc::clone(region), Box::new(slots));
+            let sink = context.events.clone();
+            let reached = Box::new(move |mib| sink.send(&Event::HotplugReached { mib }));
+            let (device, handle) = MemDevice::new(region, context.hotplug_mib, reached, events);
+            devices.push(Box::new(device));
+            handle
+        });
 
         let types = devices.iter().map(|device| device.device_type()).collect();
         let windows = devices
             .into_iter()
             .enumerate()
-            .map(|(slot, device)| plug(context.vm, context.memory, slot, device))
+            .map(|(slot, device)| plug(context.vm, &context.memory.whole, slot, device))
             .collect::<Result<Vec<_>, _>>()?;
         if !context.ready {
             gather_writes(context.vm, windows.len())?;
@@ -226,6 +251,7 @@ impl Devices {
         let this = Self {
             types,
             block: handles,
+            mem,
             readiness,
             _loops: loops,
         };
@@ -249,6 +275,20 @@ impl Devices {
             .iter()
             .map(|device| device.name().to_owned())
             .collect()
+    }
+
+    /// What was asked for and what is plugged; none without a memory device.
+    pub fn hotplug(&self) -> Option<HotplugStatus> {
+        self.mem.as_ref().map(MemHandle::status)
+    }
+
+    /// Asks the guest to have `mib` MiB plugged.
+    ///
+    /// # Errors
+    /// [`HotplugRequestError`]; nothing has changed then.
+    pub fn set_hotplug(&self, mib: u32) -> Result<(), HotplugRequestError> {
+        let mem = self.mem.as_ref().ok_or(HotplugRequestError::NoDevice)?;
+        Ok(mem.request(mib)?)
     }
 
     /// Gives the empty block slot `index` its backing.

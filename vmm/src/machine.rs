@@ -9,7 +9,6 @@ use std::time::Instant;
 use bulkhead_proto::vmm::{Event, ExitReason, Request, Response, Status};
 use kvm_bindings::CpuId;
 use kvm_ioctls::{Kvm, VmFd};
-use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::Bus;
@@ -17,6 +16,7 @@ use crate::config::Resources;
 use crate::control::{self, Next};
 use crate::devices::Devices;
 use crate::events::EventSink;
+use crate::memory::Memory;
 use crate::recipe::{self, BuildError};
 use crate::snapshot::save::Paused;
 use crate::snapshot::{HostKvm, SaveError, Saving, Shape};
@@ -46,9 +46,9 @@ pub(crate) struct Machine {
     pub(crate) cpuids: Vec<CpuId>,
     pub(crate) devices: Devices,
     pub(crate) bus: Arc<Bus>,
-    pub(crate) vm: VmFd,
+    pub(crate) vm: Arc<VmFd>,
     pub(crate) kvm: Kvm,
-    pub(crate) memory: GuestMemoryMmap,
+    pub(crate) memory: Memory,
     /// What the guest was told of this machine.
     pub(crate) shape: Shape,
     pub(crate) host: HostKvm,
@@ -98,6 +98,7 @@ impl Machine {
                 kvm: self.shape.kvm,
                 userspace_exits: self.vcpus.exits().load(Ordering::Relaxed),
                 devices: self.devices.names(),
+                hotplug: self.devices.hotplug(),
             }),
             Request::Pause {} => {
                 self.vcpus.pause();
@@ -120,6 +121,12 @@ impl Machine {
                     },
                 }
             }
+            Request::SetHotplug { mib } => match self.devices.set_hotplug(mib) {
+                Ok(()) => Response::Ok,
+                Err(error) => Response::Error {
+                    message: error.to_string(),
+                },
+            },
             Request::SaveTemplate {} => match self.save(descriptors) {
                 Ok(()) => {
                     self.saved = true;
@@ -147,7 +154,7 @@ impl Machine {
             vcpus: &self.vcpus,
             cpuids: &self.cpuids,
             bus: &self.bus,
-            memory: &self.memory,
+            memory: &self.memory.boot,
             shape: &self.shape,
             host: &self.host,
         });

@@ -2,12 +2,17 @@
 //! written.
 
 use std::io;
+use std::ops::Range;
+use std::sync::Arc;
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use thiserror::Error;
+use vm_memory::mmap::FromRangesError;
 use vm_memory::volatile_memory::VolatileSlice;
-use vm_memory::{GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{
+    GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
+};
 
 use crate::arch::x86_64::layout;
 
@@ -24,7 +29,70 @@ pub struct MemoryError {
     bytes: u64,
     /// What mmap said.
     #[source]
-    source: vm_memory::mmap::FromRangesError,
+    source: FromRangesError,
+}
+
+/// All memory that a guest has or may get.
+#[derive(Debug, Clone)]
+pub struct Memory {
+    /// What it boots with, and what a template holds.
+    pub boot: GuestMemoryMmap,
+    /// The same and the region for what is plugged, wherever in it there is any. This is what
+    /// devices resolve addresses in: what a guest has them write to blocks that it hasn't plugged
+    /// takes memory from the host, though never more than the region has.
+    pub whole: GuestMemoryMmap,
+    /// That region.
+    pub hotplug: Option<Arc<GuestRegionMmap>>,
+}
+
+impl Memory {
+    /// Maps memory for a guest that boots with `bytes` bytes and may get `hotplug` bytes more, for
+    /// which only addresses are taken.
+    ///
+    /// # Errors
+    /// When a mapping fails.
+    pub fn allocate(bytes: u64, hotplug: u64) -> Result<Self, MemoryError> {
+        let boot = allocate(bytes)?;
+        let hotplug = match hotplug {
+            0 => None,
+            _ => Some(reserve(layout::hotplug_start(bytes), hotplug)?),
+        };
+        let whole = match &hotplug {
+            None => boot.clone(),
+            Some(region) => {
+                boot.insert_region(Arc::clone(region))
+                    .map_err(|error| MemoryError {
+                        bytes: region.len(),
+                        source: error.into(),
+                    })?
+            }
+        };
+        Ok(Self {
+            boot,
+            whole,
+            hotplug,
+        })
+    }
+
+    /// Guest-physical addresses of the region for what is plugged; empty if there is none.
+    pub fn hotplug_range(&self) -> Range<u64> {
+        self.hotplug.as_ref().map_or(0..0, |region| {
+            let start = region.start_addr().0;
+            // Can't overflow: it was checked when the region was made.
+            start..start + region.len()
+        })
+    }
+}
+
+/// Reserves `bytes` bytes of addresses, without swap or memory behind them (MAP_NORESERVE) until
+/// they are written.
+fn reserve(start: GuestAddress, bytes: u64) -> Result<Arc<GuestRegionMmap>, MemoryError> {
+    let failed = |source| MemoryError { bytes, source };
+    let size = usize::try_from(bytes).unwrap_or(usize::MAX);
+    let mapping = MmapRegion::new(size).map_err(|error| failed(error.into()))?;
+    GuestRegionMmap::new(mapping, start)
+        .map(Arc::new)
+        .ok_or_else(|| failed(FromRangesError::InvalidGuestRegion))
 }
 
 /// Maps `bytes` bytes of zeroed guest memory as [`layout`] places them. Pages are taken from the
@@ -37,12 +105,17 @@ pub fn allocate(bytes: u64) -> Result<GuestMemoryMmap, MemoryError> {
         .map_err(|source| MemoryError { bytes, source })
 }
 
+/// The first of KVM's slots for memory that is plugged. Those before it are for what a guest boots
+/// with, which is in one or two pieces.
+pub const FIRST_HOTPLUG_SLOT: u32 = 8;
+
 /// Gives `memory` to the VM, one slot for each range.
 ///
 /// # Errors
 /// What KVM_SET_USER_MEMORY_REGION says.
 pub fn register(vm: &VmFd, memory: &GuestMemoryMmap) -> Result<(), kvm_ioctls::Error> {
     for (slot, region) in memory.iter().enumerate() {
+        debug_assert!((slot as u32) < FIRST_HOTPLUG_SLOT);
         let region = kvm_userspace_memory_region {
             slot: slot as u32,
             flags: 0,

@@ -17,6 +17,9 @@ pub enum PrivilegeError {
     /// Groups of the user that started this process.
     #[error("leaving supplementary groups: {0}")]
     Groups(#[source] nix::Error),
+    /// What a change of the user does to capabilities.
+    #[error("keeping capabilities across changes of the user: {0}")]
+    SecureBits(#[source] std::io::Error),
     /// Core dumps would hold guest memory.
     #[error("forbidding core dumps: {0}")]
     CoreDumps(#[source] nix::Error),
@@ -48,6 +51,7 @@ pub fn drop_all_but(share: bool) -> Result<(), PrivilegeError> {
         CapsHashSet::new()
     };
     if caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP)? {
+        keep_across_users().map_err(PrivilegeError::SecureBits)?;
         for capability in caps::read(None, CapSet::Bounding)? {
             if !keep.contains(&capability) {
                 caps::drop(None, CapSet::Bounding, capability)?;
@@ -59,4 +63,23 @@ pub fn drop_all_but(share: bool) -> Result<(), PrivilegeError> {
     caps::set(None, CapSet::Effective, &keep)?;
     caps::set(None, CapSet::Permitted, &keep)?;
     Ok(())
+}
+
+/// Has the calling thread, and those that it makes, keep its capabilities when it acts as another
+/// user for a moment. Needs CAP_SETPCAP.
+///
+/// The file server creates a file as the guest's user. Whether that one may, only the guest's
+/// kernel knows, which has checked it: a FUSE request names the user's first group, and none of the
+/// others, by which it may be allowed.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn keep_across_users() -> std::io::Result<()> {
+    /// SECBIT_NO_SETUID_FIXUP of linux/securebits.h (capabilities(7), "The securebits flags").
+    const NO_SETUID_FIXUP: libc::c_ulong = 1 << 2;
+    // SAFETY: takes no pointers.
+    match unsafe { libc::prctl(libc::PR_SET_SECUREBITS, NO_SETUID_FIXUP, 0, 0, 0) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
 }

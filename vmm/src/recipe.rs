@@ -19,7 +19,7 @@ use crate::devices::{self, DeviceContext, Devices, DevicesError, Loops};
 use crate::events::EventSink;
 use crate::kernel::{self, KernelError};
 use crate::machine::{Ended, Machine};
-use crate::memory::{self, MemoryError};
+use crate::memory::{self, Memory, MemoryError};
 use crate::privileges::{self, PrivilegeError};
 use crate::probe::{self, ProbeError};
 use crate::seccomp::{self, Filters, SeccompError, ThreadKind, ThreadStart};
@@ -106,16 +106,16 @@ pub(crate) fn build(
     check_kvm(&resources.kvm)?;
     let host = HostKvm::of(&resources.kvm).map_err(system_failed("asking KVM what it is"))?;
     let shape = shape_of(&resources, kvm_kind(&resources, &host, template.as_ref())?)?;
-    let memory = memory::allocate(resources.memory_bytes)?;
+    let memory = Memory::allocate(resources.memory_bytes, resources.hotplug_region)?;
     let start = match template {
         None => Start::Boot(resources.kernel),
         Some(template) => {
             template.check_shape(&shape)?;
-            let verification = template.map_memory(&memory)?;
+            let verification = template.map_memory(&memory.boot)?;
             Start::Continue(template, verification)
         }
     };
-    let vm = create_vm(&resources.kvm, &memory)?;
+    let vm = Arc::new(create_vm(&resources.kvm, &memory.boot)?);
     let vcpus = create_vcpus(&resources.kvm, &vm, &shape)?;
 
     let console = Arc::new(Mutex::new(ConsoleLog::new(
@@ -125,6 +125,7 @@ pub(crate) fn build(
     let (devices, windows) = Devices::build(DeviceContext {
         vm: &vm,
         memory: &memory,
+        hotplug_mib: resources.hotplug_mib,
         block: resources.block,
         vsock: resources.vsock,
         share: resources.share,
@@ -135,9 +136,13 @@ pub(crate) fn build(
         ready: matches!(start, Start::Continue(..)),
     })?;
     let device_count = windows.len();
-    let bus = Arc::new(Bus::new(Arc::clone(&console), windows));
+    let bus = Arc::new(Bus::new(
+        Arc::clone(&console),
+        windows,
+        memory.hotplug_range(),
+    ));
     match start {
-        Start::Boot(kernel) => load_boot_state(&memory, &shape, device_count, kernel, &vcpus)?,
+        Start::Boot(kernel) => load_boot_state(&memory.boot, &shape, device_count, kernel, &vcpus)?,
         Start::Continue(template, verification) => {
             template.apply(verification, &vm, &vcpus, &bus)?;
         }
@@ -145,7 +150,7 @@ pub(crate) fn build(
 
     let ended = Ended::new().map_err(system_failed("creating an event descriptor"))?;
     let (vcpus, cpuids) = vcpus.into_iter().unzip();
-    let vcpus = start_vcpus(vcpus, &bus, &memory, &ended, &on_start)?;
+    let vcpus = start_vcpus(vcpus, &bus, &memory.whole, &ended, &on_start)?;
     devices.count_exits(vcpus.exits());
     on_start(ThreadKind::Main);
     Ok(Machine {
@@ -185,12 +190,14 @@ fn kvm_kind(
 fn shape_of(resources: &Resources, kvm: KvmKind) -> Result<Shape, BuildError> {
     let share = resources.share.is_some();
     let verbose = resources.console_verbose;
-    let devices = devices::count(resources.block.len(), share, verbose);
-    let line = command_line::build(kvm, devices, verbose, &resources.kernel_params)?;
+    let hotplug = resources.hotplug_region != 0;
+    let devices = devices::count(resources.block.len(), share, verbose, hotplug);
+    let line = command_line::build(kvm, devices, verbose, hotplug, &resources.kernel_params)?;
     tracing::debug!(line, "guest kernel command line");
     Ok(Shape {
         vcpus: resources.vcpus,
         memory_bytes: resources.memory_bytes,
+        hotplug_bytes: resources.hotplug_region,
         kvm,
         command_line: line,
         kernel: Image::of(&resources.kernel).map_err(system_failed("reading the kernel"))?,

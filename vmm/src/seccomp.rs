@@ -181,6 +181,9 @@ const SAVE: &[u64] = &[
     0x9000_aea4, // KVM_GET_XSAVE
     0x8188_aea6, // KVM_GET_XCRS
 ];
+/// Plugging memory. Of this process's memory, which is all that it can give to the guest, the
+/// thread that may do it holds none that the guest's own devices don't.
+const KVM_SET_USER_MEMORY_REGION: u64 = 0x4020_ae46;
 /// How the standard library makes a socket non-blocking.
 const FIONBIO: u64 = 0x5421;
 /// Discarding blocks of a block device.
@@ -226,7 +229,10 @@ fn compile(kind: ThreadKind) -> Result<BpfProgram, seccompiler::BackendError> {
     let (calls, ioctls): (&[i64], Vec<u64>) = match kind {
         ThreadKind::Main => (MAIN, [&[FIONBIO], SAVE].concat()),
         ThreadKind::Vcpu => (VCPU, vec![KVM_RUN, KVM_GET_REGS, KVM_TRANSLATE]),
-        ThreadKind::Events => (EVENTS, vec![FIONBIO, BLKDISCARD, BLKZEROOUT]),
+        ThreadKind::Events => (
+            EVENTS,
+            vec![FIONBIO, BLKDISCARD, BLKZEROOUT, KVM_SET_USER_MEMORY_REGION],
+        ),
         ThreadKind::FileServer => (FILE_SERVER, Vec::new()),
     };
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = COMMON

@@ -1,8 +1,9 @@
 //! `Create`: everything up to the point where the first process waits to execute.
 
-use super::{Container, Containers, Id, MAX_CONTAINERS, Process, Table, abandon};
+use super::{Container, Containers, Id, MAX_CONTAINERS, Pids, Process, Table, abandon};
 use crate::cgroups::{Cgroup, Hierarchy};
-use crate::error::{Failure, Kind};
+use crate::error::{Context, Failure, Kind};
+use crate::namespaces::JoinedPids;
 use crate::process::{Copiers, Progress, Spawned, Spawner, WindowSize};
 use crate::spec::ContainerPlan;
 use crate::streams::{HostStreams, Tokens};
@@ -28,6 +29,7 @@ impl Containers {
         let size = WindowSize::new(request.terminal_rows, request.terminal_columns)?;
         let reservation = self.table.reserve("container", &id, MAX_CONTAINERS)?;
         let hierarchy = self.guest.prepare()?;
+        let pids = self.pids_to_join(&plan).await?;
         let host = self.streams.claim(tokens).await?;
         let spec = request.spec_json.as_slice();
         let (cgroup, made) = match self.spawner.take_ahead(&plan, spec).await {
@@ -35,7 +37,14 @@ impl Containers {
             None => (hierarchy.create(id.as_str(), &plan.cgroup)?, None),
         };
         match self
-            .set_up(id.as_str(), &plan, cgroup.as_ref(), made, host, size)
+            .set_up(
+                (id.as_str(), pids.as_ref()),
+                &plan,
+                cgroup.as_ref(),
+                made,
+                host,
+                size,
+            )
             .await
         {
             Ok((spawned, copiers)) => {
@@ -47,7 +56,11 @@ impl Containers {
                         copiers,
                     },
                     pidfd: spawned.pidfd,
-                    other_pids: plan.namespaces.other_pids(),
+                    pids: match (plan.namespaces.own_pids(), &pids) {
+                        (true, _) => Pids::Own,
+                        (false, Some(_)) => Pids::Joined,
+                        (false, None) => Pids::Guest,
+                    },
                     ids: plan.namespaces.ids,
                     cgroup,
                     seccomp: plan.seccomp,
@@ -73,9 +86,40 @@ impl Containers {
         }
     }
 
+    /// A process or a link that leads into the pid namespace that the container is to join; none
+    /// if it gets a new one or stays in the agent's.
+    async fn pids_to_join(&self, plan: &ContainerPlan) -> Result<Option<OwnedFd>, Failure> {
+        match &plan.namespaces.join_pid {
+            None => Ok(None),
+            Some(JoinedPids::Process(process)) => process.open().map(Some),
+            Some(JoinedPids::Pod) if self.spawner.has_pod_pids() => {
+                self.spawner.pod_pids().await.map(Some)
+            }
+            // A pod whose containers share their processes has all of them do so. One that comes
+            // to others that don't is there to look at one of these, and what it is told by is the
+            // machine's pid on the host, the same for each of them.
+            Some(JoinedPids::Pod) => match self.containers_with_own_pids().as_slice() {
+                [] => self.spawner.pod_pids().await.map(Some),
+                [target] => target
+                    .pidfd
+                    .try_clone()
+                    .map(Some)
+                    .context(|| "copy a container's descriptor"),
+                // All that the guest runs, so the right one among it.
+                _ => Ok(None),
+            },
+        }
+    }
+
+    fn containers_with_own_pids(&self) -> Vec<Arc<Container>> {
+        let mut all = self.table.all();
+        all.retain(|one| one.pids == Pids::Own && one.init.child.exit().is_none());
+        all
+    }
+
     async fn set_up(
         &self,
-        id: &str,
+        (id, pids): (&str, Option<&OwnedFd>),
         plan: &ContainerPlan,
         cgroup: Option<&Arc<Cgroup>>,
         made: Option<(Spawned, &[u8], &Hierarchy)>,
@@ -93,7 +137,7 @@ impl Containers {
                 (spawned, ordered)
             }
             None => {
-                let spawned = self.spawner.init(id, plan, cgroup, &host, size)?;
+                let spawned = self.spawner.init(id, plan, pids, cgroup, &host, size)?;
                 let admitted = Spawner::admit(&spawned, plan);
                 (spawned, admitted)
             }

@@ -1,6 +1,6 @@
 //! `Exec`: a further process in a running container.
 
-use super::{Containers, Id, MAX_EXECS, Process, abandon};
+use super::{Containers, Id, MAX_EXECS, Pids, Process, abandon};
 use crate::error::{Failure, Kind};
 use crate::process::{Copiers, Joined, Progress, Shared, Spawned, WindowSize};
 use crate::spec::parse_process;
@@ -43,7 +43,7 @@ impl Containers {
         let host = self.streams.claim(tokens).await?;
         let joined = Joined {
             init: &container.pidfd,
-            other_pids: container.other_pids,
+            other_pids: container.pids != Pids::Guest,
             ids: container.ids.as_deref(),
             shared: Shared {
                 seccomp: container.seccomp.as_deref(),

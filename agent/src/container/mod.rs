@@ -84,6 +84,17 @@ pub struct Process {
     copiers: Copiers,
 }
 
+/// The pid namespace of a container.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Pids {
+    /// The agent's.
+    Guest,
+    /// One that was made for it.
+    Own,
+    /// The pod's or another container's.
+    Joined,
+}
+
 /// A container, until it is deleted.
 #[derive(Debug)]
 pub struct Container {
@@ -91,8 +102,7 @@ pub struct Container {
     init: Process,
     /// Refers to the first process, also after it has exited.
     pidfd: OwnedFd,
-    /// It is in another pid namespace than the agent.
-    other_pids: bool,
+    pids: Pids,
     cgroup: Option<Arc<Cgroup>>,
     ids: Option<Arc<IdMaps>>,
     seccomp: Option<Arc<Filter>>,

@@ -18,6 +18,7 @@ mod executable;
 mod hooks;
 mod identity;
 mod plan;
+mod pod;
 mod report;
 mod scheduling;
 mod spawn;

@@ -5,13 +5,15 @@ use super::child::{self, ChildSetup, Role, Shared};
 use super::clone::{Cloned, clone};
 use super::control::{self, Control, Progress};
 use super::plan::ProcessPlan;
+use super::pod::{self, PodInit};
 use super::stdio::{self, AgentEnds};
 use super::terminal::WindowSize;
 use crate::cgroups::{Cgroup, Hierarchy};
 use crate::error::{Context, Failure, Kind};
 use crate::log;
-use crate::namespaces::{self, JoinedNamespace};
+use crate::namespaces;
 use crate::reaper::{Child, Reaper};
+use crate::rootfs::Sources;
 use crate::spares::Spares;
 use crate::spec::ContainerPlan;
 use crate::streams::HostStreams;
@@ -21,6 +23,7 @@ use rustix::io::Errno;
 use rustix::thread::{LinkNameSpaceType, ThreadNameSpaceType};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::sync::OnceCell;
 
 /// A process that is being set up.
 #[derive(Debug)]
@@ -55,6 +58,7 @@ pub struct Spawner {
     null: Arc<OwnedFd>,
     spares: Arc<Spares>,
     ahead: Arc<Mutex<Option<Ahead>>>,
+    pod: Arc<OnceCell<PodInit>>,
 }
 
 impl Spawner {
@@ -65,6 +69,7 @@ impl Spawner {
             null: Arc::new(null),
             spares: Arc::default(),
             ahead: Arc::default(),
+            pod: Arc::default(),
         }
     }
 
@@ -104,6 +109,45 @@ impl Spawner {
             Progress::Gone => Err(Failure::new(
                 Kind::Internal,
                 "the process made ahead died before it was ready",
+            )),
+        }
+    }
+
+    /// Whether a container has asked for the pod's pid namespace before.
+    pub fn has_pod_pids(&self) -> bool {
+        self.pod.initialized()
+    }
+
+    /// A way into the pod's pid namespace, which is made when it is first asked for.
+    pub async fn pod_pids(&self) -> Result<OwnedFd, Failure> {
+        let init = self.pod.get_or_try_init(|| self.make_pod_init()).await?;
+        if init.child.exit().is_some() {
+            return Err(Failure::new(
+                Kind::FailedPrecondition,
+                "the first process of the pod's pid namespace has been killed, and with it all \
+                 processes in there; make the pod anew",
+            ));
+        }
+        let way = init.pidfd.try_clone();
+        way.context(|| "copy the descriptor of the pod's first process")
+    }
+
+    async fn make_pod_init(&self) -> Result<PodInit, Failure> {
+        let (control, process_control) = control::pair()?;
+        // SAFETY: the agent is single-threaded (main.rs), and the child only runs pod::run, which
+        // never returns.
+        let cloned = unsafe { clone(pod::NAMESPACES, None) };
+        let cloned = cloned.context(|| "make the pod's first process in the guest")?;
+        let Cloned::Parent { pid, pidfd } = cloned else {
+            pod::run(process_control.as_raw_fd())
+        };
+        let child = self.reaper.watch(pid, None);
+        drop(process_control);
+        match control.next().await? {
+            Progress::Ready(_) => Ok(PodInit { child, pidfd }),
+            Progress::Gone => Err(Failure::new(
+                Kind::Internal,
+                "the first process of the pod's pid namespace died before it was ready",
             )),
         }
     }
@@ -149,18 +193,20 @@ impl Spawner {
         self.ahead.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes the first process of a container.
+    /// Makes the first process of a container, in the pid namespace of the process or the link
+    /// that `pids` is, if it is given one.
     pub fn init(
         &self,
         id: &str,
         plan: &ContainerPlan,
+        pids: Option<&OwnedFd>,
         cgroup: Option<&Arc<Cgroup>>,
         host: &HostStreams,
         size: Option<WindowSize>,
     ) -> Result<Spawned, Failure> {
         // Root of another user namespace may not see what is to be mounted.
         let sources = match plan.namespaces.ids {
-            Some(_) => Some(plan.rootfs.open_sources(&Linux)?),
+            Some(_) => Some(Sources::open(&plan.rootfs, &Linux)?),
             None => None,
         };
         let spares = self.spares.take(&plan.namespaces);
@@ -173,13 +219,16 @@ impl Spawner {
             spares: &spares,
             sources: sources.as_ref(),
         };
-        let enter = plan
-            .namespaces
-            .join_pid
-            .as_ref()
-            .map(|namespace| move || JoinedNamespace::enter(namespace));
         let ids = plan.namespaces.ids.as_deref();
-        self.spawn(&plan.process, role, flags, enter, ids, cgroup, host, size)
+        let stage = match &sources {
+            Some(sources) => sources.enter_stage(&Linux)?,
+            None => None,
+        };
+        let spawned = self.spawn(&plan.process, role, flags, pids, ids, cgroup, host, size);
+        if let Some(stage) = stage {
+            stage.leave()?;
+        }
+        spawned
     }
 
     /// Gives the first process of a container what only the guest's root may give it, and lets it
@@ -217,17 +266,8 @@ impl Spawner {
             users: joined.ids.is_some(),
             shared: joined.shared,
         };
-        let enter = joined.other_pids.then_some(|| {
-            rustix::thread::move_into_thread_name_spaces(
-                joined.init.as_fd(),
-                ThreadNameSpaceType::PROCESS_ID,
-            )
-            .map_err(|error| match error {
-                Errno::SRCH => Failure::new(Kind::FailedPrecondition, "the container has exited"),
-                other => Failure::internal("join the container's pid namespace", other),
-            })
-        });
-        self.spawn(plan, role, 0, enter, joined.ids, cgroup, host, size)
+        let pids = joined.other_pids.then_some(joined.init);
+        self.spawn(plan, role, 0, pids, joined.ids, cgroup, host, size)
     }
 
     #[expect(clippy::too_many_arguments, reason = "private, and called twice")]
@@ -236,7 +276,7 @@ impl Spawner {
         plan: &ProcessPlan,
         role: Role<'_>,
         namespaces: i32,
-        enter_pids: Option<impl FnOnce() -> Result<(), Failure>>,
+        pids: Option<&OwnedFd>,
         ids: Option<&IdMaps>,
         cgroup: Option<&Arc<Cgroup>>,
         host: &HostStreams,
@@ -247,11 +287,10 @@ impl Spawner {
         let (control, process_control) = control::pair()?;
         // A pid namespace is joined by children only. So the agent goes there for the moment of
         // the clone, which saves a process in between.
-        let joined = enter_pids.is_some();
-        let home = match enter_pids {
-            Some(enter) => {
+        let home = match pids {
+            Some(pids) => {
                 let home = namespaces::own_pid_namespace()?;
-                enter()?;
+                enter_pids(pids)?;
                 Some(home)
             }
             None => None,
@@ -274,7 +313,7 @@ impl Spawner {
             )
             .context(|| "come back to the agent's own pid namespace")?;
         }
-        let cloned = cloned.map_err(|error| match (error, joined) {
+        let cloned = cloned.map_err(|error| match (error, pids.is_some()) {
             // What the kernel says when the namespace's first process is gone (pid_namespaces(7)).
             (Errno::NOMEM, true) => Failure::new(
                 Kind::FailedPrecondition,
@@ -292,4 +331,17 @@ impl Spawner {
             Cloned::Child => Err(Failure::new(Kind::Internal, "a child went astray")),
         }
     }
+}
+
+/// Has the caller's next children be made in the pid namespace that `pids` leads to: a process's
+/// descriptor, or a link of /proc/PID/ns.
+fn enter_pids(pids: &OwnedFd) -> Result<(), Failure> {
+    let kind = ThreadNameSpaceType::PROCESS_ID;
+    rustix::thread::move_into_thread_name_spaces(pids.as_fd(), kind).map_err(|error| match error {
+        Errno::SRCH => Failure::new(
+            Kind::FailedPrecondition,
+            "the process whose pid namespace is to be joined has exited",
+        ),
+        other => Failure::internal("join a pid namespace", other),
+    })
 }

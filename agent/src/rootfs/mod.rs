@@ -10,12 +10,14 @@ mod devices;
 mod mounts;
 mod options;
 mod paths;
+mod sources;
 #[cfg(test)]
 mod tests;
 
 pub use devices::DevicePlan;
 pub use mounts::MountPlan;
 pub use options::Attributes;
+pub use sources::Sources;
 
 use crate::error::{Context, Failure, Kind};
 use crate::spec::absolute_path;
@@ -24,7 +26,7 @@ use oci_spec::runtime::Spec;
 use rustix::fs::{FileType, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, MountPropagationFlags};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 /// What a container sees of the file system.
@@ -46,21 +48,6 @@ pub struct RootfsPlan {
     pub masked: Vec<PathBuf>,
     /// Made read-only.
     pub readonly_paths: Vec<PathBuf>,
-}
-
-/// Detached mounts of the rootfs and of the sources of bind mounts.
-#[derive(Debug)]
-pub struct Sources {
-    root: OwnedFd,
-    mounts: Vec<Option<OwnedFd>>,
-}
-
-impl Sources {
-    /// Their descriptors.
-    pub fn raw(&self) -> Vec<RawFd> {
-        let mounts = self.mounts.iter().flatten();
-        mounts.chain([&self.root]).map(AsRawFd::as_raw_fd).collect()
-    }
 }
 
 /// A folder that every guest has and every user can reach.
@@ -123,19 +110,6 @@ impl RootfsPlan {
         })
     }
 
-    /// Opens what is to be mounted from the guest. For a container with a user namespace of its own
-    /// the agent has to do this: root of that one may see less.
-    pub fn open_sources(&self, sys: &dyn Syscalls) -> Result<Sources, Failure> {
-        Ok(Sources {
-            root: self.open_root(sys)?.1,
-            mounts: self
-                .mounts
-                .iter()
-                .map(|mount| mount.open_source(sys))
-                .collect::<Result<_, _>>()?,
-        })
-    }
-
     /// Puts everything together and makes it the root of this mount namespace. `cgroup` is the
     /// folder of the container's cgroup in the guest. Returns the new root.
     pub fn enter(
@@ -158,6 +132,10 @@ impl RootfsPlan {
             .context(|| "open the guest's root")?;
         sys.set_propagation(guest.as_fd(), mode | MountPropagationFlags::REC)
             .context(|| "cut the container's mounts off from the guest's")?;
+        let opened = match sources {
+            Some(sources) => sources.take(sys)?,
+            None => Vec::new(),
+        };
         let root = self.mount_root(sys, sources)?;
         if sources.is_some() {
             // Cloned in the guest, so still one with the guest's own.
@@ -165,7 +143,7 @@ impl RootfsPlan {
                 .context(|| "cut the rootfs off from the guest's mounts")?;
         }
         for (index, mount) in self.mounts.iter().enumerate() {
-            let source = sources.and_then(|sources| sources.mounts.get(index)?.as_ref());
+            let source = opened.get(index).and_then(Option::as_ref);
             let source = source.map(AsFd::as_fd);
             mount.make(sys, root.as_fd(), (cgroup, source), wants_propagation)?;
         }
@@ -201,7 +179,7 @@ impl RootfsPlan {
         let (place, tree) = match sources {
             Some(sources) => {
                 let place = sys.open_folder(Path::new(ELSEWHERE)).context(action)?;
-                (place, sources.root.try_clone().context(action)?)
+                (place, sources.root().try_clone_to_owned().context(action)?)
             }
             None => self.open_root(sys)?,
         };

@@ -29,6 +29,8 @@ enum MountKind {
     /// The container's own part of the cgroup tree, for a container that sees the guest's whole
     /// tree otherwise.
     OwnCgroup,
+    /// What is mounted there already, with other options (mount(2), MS_REMOUNT).
+    Again,
     /// A new instance of a file system.
     FileSystem { name: String, source: PathBuf },
 }
@@ -41,7 +43,7 @@ impl MountPlan {
         if mappings(mount.uid_mappings()) || mappings(mount.gid_mappings()) {
             return Err(Failure::invalid(
                 field("uidMappings"),
-                "id-mapped mounts can't be made in the guest yet",
+                "only a bind mount can be id-mapped, which is done on the host",
             ));
         }
         let words = mount.options().iter().flatten().map(String::as_str);
@@ -50,7 +52,9 @@ impl MountPlan {
         })?;
         let name = mount.typ().as_deref().unwrap_or("none");
         no_nul(&field("type"), name.as_bytes())?;
-        let kind = if options.bind.is_some() || name == "bind" {
+        let kind = if options.remount {
+            MountKind::Again
+        } else if options.bind.is_some() || name == "bind" {
             let source = mount.source().as_ref().ok_or_else(|| {
                 Failure::invalid(field("source"), "missing; a bind mount needs one")
             })?;
@@ -118,6 +122,12 @@ impl MountPlan {
         matches!(self.kind, MountKind::Bind { .. })
     }
 
+    /// Whether it is a bind mount that may do less than what it shows.
+    pub fn restricts(&self) -> bool {
+        let attributes = [self.options.attributes, self.options.recursive_attributes];
+        self.is_bind() && attributes.iter().any(|attributes| !attributes.is_empty())
+    }
+
     /// Whether mounts made elsewhere later may have to show up in it, or the other way round.
     pub fn wants_propagation(&self) -> bool {
         self.options.propagation.iter().any(|flags| {
@@ -151,6 +161,7 @@ impl MountPlan {
                 Some(cgroup) => self.bind(sys, root, (cgroup, None), true)?,
                 None => return Ok(()),
             },
+            MountKind::Again => self.mount_again(sys, root)?,
             MountKind::FileSystem { name, source } => self.mount(sys, root, name, source)?,
         }
         let change = |flags| -> Result<(), Errno> {
@@ -200,15 +211,8 @@ impl MountPlan {
             other => Failure::internal(shown(), other),
         })?;
         let tree = sys.clone_mount(from.as_fd(), recursive).context(shown)?;
-        for (attributes, down) in [
-            (self.options.attributes, false),
-            (self.options.recursive_attributes, true),
-        ] {
-            if !attributes.is_empty() {
-                sys.set_attributes(tree.as_fd(), attributes, down)
-                    .context(|| format!("{}: set the options", shown()))?;
-            }
-        }
+        self.set_attributes(sys, tree.as_fd())
+            .context(|| format!("{}: set the options", shown()))?;
         Ok(tree)
     }
 
@@ -249,6 +253,52 @@ impl MountPlan {
             }
             attached => attached.context(shown),
         }
+    }
+
+    /// With the option bind only the mount changes, without it the file system as well.
+    fn mount_again(&self, sys: &dyn Syscalls, root: BorrowedFd<'_>) -> Result<(), Failure> {
+        let shown = || {
+            format!(
+                "mounts: change the options of what is mounted on {}",
+                self.destination.display()
+            )
+        };
+        let none = ResolveFlags::empty();
+        let place = sys
+            .open_in_root(root, &self.destination, OFlags::PATH, none)
+            .context(shown)?;
+        let changed = match self.options.bind {
+            Some(_) => self.set_attributes(sys, place.as_fd()),
+            None => {
+                let flags = MountFlags::from_bits_retain(libc::MS_REMOUNT as u32);
+                let data = c_string(&self.options.data);
+                let flags = flags | self.options.flags;
+                sys.mount(Path::new(""), place.as_fd(), "", flags, &data)
+            }
+        };
+        changed.map_err(|error| match error {
+            Errno::INVAL => Failure::invalid(
+                "mounts",
+                format!(
+                    "remount: nothing is mounted on {} yet, or it can't take these options; list \
+                     the mount itself before its remount",
+                    self.destination.display()
+                ),
+            ),
+            other => Failure::internal(shown(), other),
+        })
+    }
+
+    fn set_attributes(&self, sys: &dyn Syscalls, mount: BorrowedFd<'_>) -> rustix::io::Result<()> {
+        for (attributes, down) in [
+            (self.options.attributes, false),
+            (self.options.recursive_attributes, true),
+        ] {
+            if !attributes.is_empty() {
+                sys.set_attributes(mount, attributes, down)?;
+            }
+        }
+        Ok(())
     }
 
     fn mount(

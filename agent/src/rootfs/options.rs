@@ -58,6 +58,8 @@ pub struct MountOptions {
     pub data: String,
     /// A tmpfs starts with a copy of what it covers.
     pub copy_up: bool,
+    /// What is mounted there already changes.
+    pub remount: bool,
 }
 
 impl Default for MountOptions {
@@ -70,6 +72,7 @@ impl Default for MountOptions {
             propagation: Vec::new(),
             data: String::new(),
             copy_up: false,
+            remount: false,
         }
     }
 }
@@ -97,6 +100,10 @@ impl MountOptions {
             } else {
                 options.apply_other(word)?;
             }
+        }
+        if options.remount && options.copy_up {
+            let reason = "fills a new file system, not one that is mounted again".to_owned();
+            return Err(("tmpcopyup".to_owned(), reason));
         }
         if options.bind.is_some() && !options.data.is_empty() {
             let reason = "not an option of a bind mount".to_owned();
@@ -139,9 +146,9 @@ impl MountOptions {
             "rbind" => self.bind = Some(true),
             "tmpcopyup" => self.copy_up = true,
             "defaults" | "" => {}
-            "remount" => return refused("there is nothing to mount again yet"),
+            "remount" => self.remount = true,
             "idmap" | "ridmap" => {
-                return refused("id-mapped mounts can't be made in the guest yet");
+                return refused("only a bind mount can be id-mapped, which is done on the host");
             }
             _ if word.contains('\0') => return refused("contains a NUL byte"),
             _ => {
@@ -285,7 +292,7 @@ mod tests {
 
     #[test]
     fn refuses_what_it_cannot_honour() {
-        for words in ["remount", "idmap", "bind,size=1k"] {
+        for words in ["remount,tmpcopyup", "idmap", "bind,size=1k"] {
             assert!(MountOptions::parse(words.split(',')).is_err(), "{words}");
         }
     }

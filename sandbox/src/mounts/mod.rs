@@ -1,6 +1,7 @@
 //! Mounts on the host: a task's root file system, what is bound into the share, and taking all of
 //! it away again.
 
+mod idmap;
 mod mountinfo;
 mod options;
 mod rootfs;
@@ -96,21 +97,40 @@ pub(crate) fn mount_share(skeleton: &Path, share: &Path) -> Result<(), MountErro
     finish().inspect_err(|_| unmount_logged(share))
 }
 
-/// Binds a container's root or a bind mount's source at `target` below the share.
-pub(crate) fn bind_into_share(
+/// Binds a container's root at `target` below the share.
+pub(crate) fn bind_root_into_share(source: &Path, target: &Path) -> Result<(), MountError> {
+    bind_plainly(source, target, false, true)
+}
+
+/// Binds a bind mount's source at `target` below the share.
+pub(crate) fn bind_into_share(bind: &Bind, target: &Path) -> Result<(), MountError> {
+    match &bind.ids {
+        Some(ids) => idmap::bind_mapped(bind, ids, target),
+        None => bind_plainly(&bind.source, target, bind.readonly, bind.recursive),
+    }
+}
+
+fn bind_plainly(
     source: &Path,
     target: &Path,
     readonly: bool,
     recursive: bool,
 ) -> Result<(), MountError> {
-    mount(
-        Some(source),
-        target,
-        None::<&str>,
-        bind_flags(recursive),
-        None::<&str>,
-    )
-    .map_err(|errno| failed("bind", target, Some(source), errno))?;
+    let (flags, none) = (bind_flags(recursive), None::<&str>);
+    bind_into_share_with(target, readonly, recursive, || {
+        mount(Some(source), target, none, flags, none)
+            .map_err(|errno| failed("bind", target, Some(source), errno))
+    })
+}
+
+/// Has `attach` put a mount at `target` below the share, and makes it fit to be there.
+fn bind_into_share_with(
+    target: &Path,
+    readonly: bool,
+    recursive: bool,
+    attach: impl FnOnce() -> Result<(), MountError>,
+) -> Result<(), MountError> {
+    attach()?;
     let finish = || {
         // A slave sees what the host mounts there later, and unmounting here takes nothing away
         // from the host.

@@ -1,11 +1,12 @@
 //! Creation: prepare, boot if there is no VM, set up in the guest. Each step's failure takes back
 //! the steps before it.
 
-use super::{AfterStop, Container, Done, Owner, Running, Vm};
+use super::{AfterStop, Container, Done, Owner, Running, Vm, memory};
 use crate::boot::{self, BootError, BootPlan};
 use crate::error::{Error, Result};
 use crate::folder::StateFile;
 use crate::guest::Guest;
+use crate::hotplug::Hotplug;
 use crate::ids::{ContainerId, ProcessId};
 use crate::ops;
 use crate::pod::Role;
@@ -35,6 +36,8 @@ impl Owner {
             held_exit: None,
             pid: 0,
             paused: false,
+            memory_limit: 0,
+            raising: 0,
         };
         self.containers.insert(id.clone(), container);
         let context = prepare::Context {
@@ -102,7 +105,16 @@ impl Owner {
         };
         let guest = Arc::new(guest);
         let vmm = guest.vmm.clone();
-        self.vm = Vm::Up(Running { guest, plan, state });
+        let hotplug = (plan.size.hotplug_mib > 0).then(|| {
+            let (folder, limit) = (plan.folder.clone(), plan.size.hotplug_mib);
+            Hotplug::new(folder, vmm.clone(), guest.pace, limit)
+        });
+        self.vm = Vm::Up(Running {
+            guest,
+            plan,
+            state,
+            hotplug,
+        });
         self.spawn(async move {
             Done::VmEnded {
                 vmm: vmm.process,
@@ -133,7 +145,18 @@ impl Owner {
             self.pod = prepared.spec.pod_settings();
             return self.created(id, Ok(None));
         }
+        let resources = prepared.guest.spec.linux().as_ref();
+        let resources = resources.and_then(|linux| linux.resources().as_ref());
+        if let (Some(limit), Ok(container)) =
+            (resources.and_then(memory::limit_of), self.container(&id))
+        {
+            container.memory_limit = limit;
+        }
+        let growth = self.growth();
         self.spawn(async move {
+            if let Some(growth) = growth {
+                growth.best(id.clone()).await;
+            }
             let result = ops::create(guest, prepared, namespace).await.map(Some);
             Done::Created { id, result }
         });
@@ -216,6 +239,7 @@ impl Owner {
         };
         container.init.abandon(&error);
         self.save_state();
+        self.settle_memory();
         let Some(reply) = container.create_reply.take() else {
             return;
         };

@@ -14,6 +14,7 @@
 //! A process's own life is drawn in process.rs.
 
 mod create;
+mod memory;
 mod remove;
 mod resources;
 mod run;
@@ -22,6 +23,7 @@ use crate::boot::{BootError, BootPlan};
 use crate::error::{Error, Result};
 use crate::folder::StateFile;
 use crate::guest::Guest;
+use crate::hotplug::Hotplug;
 use crate::ids::{ContainerId, ExecId, Namespace, ProcessId, SandboxId};
 use crate::mounts::RootfsMount;
 use crate::ops::AddedExec;
@@ -55,6 +57,8 @@ struct Running {
     guest: Arc<Guest>,
     plan: BootPlan,
     state: StateFile,
+    /// None if the VM can't grow.
+    hotplug: Option<Hotplug>,
 }
 
 /// A container that this sandbox knows.
@@ -72,6 +76,17 @@ struct Container {
     pid: u32,
     /// Its processes stand still.
     paused: bool,
+    /// Its memory limit in bytes, as far as the VM was sized for it; 0 for none.
+    memory_limit: u64,
+    /// A higher one that is being set; 0 for none.
+    raising: u64,
+}
+
+impl Container {
+    /// What the VM must have room for.
+    fn memory_limit(&self) -> u64 {
+        self.memory_limit.max(self.raising)
+    }
 }
 
 /// A further process and what to start it with.
@@ -104,6 +119,12 @@ enum Done {
     Frozen {
         id: ContainerId,
         frozen: bool,
+        result: Result<()>,
+        reply: Reply<()>,
+    },
+    Updated {
+        id: ContainerId,
+        limit: Option<u64>,
         result: Result<()>,
         reply: Reply<()>,
     },
@@ -257,6 +278,12 @@ impl Owner {
                 result,
                 reply,
             } => self.frozen(id, frozen, result, reply),
+            Done::Updated {
+                id,
+                limit,
+                result,
+                reply,
+            } => self.updated(&id, limit, result, reply),
             Done::ExecStarted { id, result, reply } => self.exec_started(id, result, reply),
             Done::Exited { id, exit, oom } => self.exited(&id, exit, oom),
             Done::ExecsOverdue { id } => self.execs_overdue(&id),

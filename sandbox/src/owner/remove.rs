@@ -147,6 +147,7 @@ impl Owner {
         let pid = container.pid;
         self.containers.remove(id);
         self.save_state();
+        self.settle_memory();
         self.notify(Notification::Deleted {
             container: id.clone(),
             pid,

@@ -1,5 +1,6 @@
 //! What a container may use and does use: limits, counters, processes, and standing still.
 
+use super::memory::Update;
 use super::{Done, Owner, wrong_state};
 use crate::error::{Error, Result};
 use crate::guest::Guest;
@@ -107,9 +108,13 @@ impl Owner {
         match guest {
             // The pod's own container has no cgroup.
             Ok(_) if self.is_pod_sandbox(&id) => drop(reply.send(Ok(()))),
-            Ok((resources, guest)) => drop(tokio::spawn(async move {
-                let _ = reply.send(guest.update(&id, resources).await.map_err(Error::from));
-            })),
+            Ok(((resources, json), guest)) => self.begin_update(Update {
+                id,
+                guest,
+                resources,
+                json,
+                reply,
+            }),
             Err(error) => drop(reply.send(Err(error))),
         }
     }
@@ -191,10 +196,11 @@ impl Owner {
     }
 }
 
-/// Checks the JSON of an update's resources, and leaves out what a guest hasn't.
-fn for_guest(json: &[u8]) -> Result<Vec<u8>> {
+/// Checks the JSON of an update's resources, and leaves out what a guest hasn't; in both forms.
+fn for_guest(json: &[u8]) -> Result<(LinuxResources, Vec<u8>)> {
     let invalid = |error| Error::Invalid(format!("the resources are not valid: {error}"));
     let mut resources: LinuxResources = serde_json::from_slice(json).map_err(invalid)?;
     crate::spec::drop_swap_limit(&mut resources);
-    serde_json::to_vec(&resources).map_err(invalid)
+    let json = serde_json::to_vec(&resources).map_err(invalid)?;
+    Ok((resources, json))
 }

@@ -2,7 +2,7 @@
 
 use super::{SpecError, field, guest_bind, unsupported};
 use crate::ids::ContainerId;
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxIdMapping, Mount, Spec};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
@@ -29,6 +29,71 @@ pub struct Bind {
     pub readonly: bool,
     /// With the mounts below it.
     pub recursive: bool,
+    /// Other ids of its files' owners.
+    pub ids: Option<MountIds>,
+}
+
+/// From the ids of files to those that they are shown as.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MountIds {
+    /// Users.
+    pub uids: Vec<LinuxIdMapping>,
+    /// Groups.
+    pub gids: Vec<LinuxIdMapping>,
+    /// Also of the mounts below.
+    pub recursive: bool,
+}
+
+/// Most lines that the kernel takes in a map (user_namespaces(7)).
+const MAX_RANGES: usize = 340;
+
+/// What `mount` says of ids; `own` are the maps of the container's user namespace.
+fn mount_ids(
+    mount: &Mount,
+    own: &(Vec<LinuxIdMapping>, Vec<LinuxIdMapping>),
+    at: &str,
+) -> Result<Option<MountIds>, SpecError> {
+    let has = |name: &str| mount.options().iter().flatten().any(|word| word == name);
+    let mut uids = mount.uid_mappings().clone().unwrap_or_default();
+    let mut gids = mount.gid_mappings().clone().unwrap_or_default();
+    if uids.is_empty() && gids.is_empty() {
+        if !has("idmap") && !has("ridmap") {
+            return Ok(None);
+        }
+        // OCI runtime spec, config, "Mount options", idmap.
+        (uids, gids) = own.clone();
+    }
+    for (name, ranges) in [("uidMappings", &uids), ("gidMappings", &gids)] {
+        let refused = |problem: String| Err(field(format!("{at}.{name}"), problem));
+        let ends = |start: u32, size: u32| start.checked_add(size).is_some();
+        if ranges.is_empty() {
+            return refused("is missing; an id-mapped mount needs both maps".into());
+        }
+        if ranges.len() > MAX_RANGES {
+            return refused(format!("has {} ranges of {MAX_RANGES}", ranges.len()));
+        }
+        for one in ranges {
+            let (container, host, size) = (one.container_id(), one.host_id(), one.size());
+            if size == 0 || !ends(container, size) || !ends(host, size) {
+                return refused(format!("{container} {host} {size} is not a range of ids"));
+            }
+        }
+    }
+    let recursive = has("ridmap");
+    Ok(Some(MountIds {
+        uids,
+        gids,
+        recursive,
+    }))
+}
+
+/// Takes out of `mount` what the host has done.
+fn forget_ids(mount: &mut Mount) {
+    mount.set_uid_mappings(None);
+    mount.set_gid_mappings(None);
+    if let Some(options) = mount.options_mut() {
+        options.retain(|word| word != "idmap" && word != "ridmap");
+    }
 }
 
 /// Re-sources `spec`'s bind mounts to the share and returns what has to be bound there.
@@ -38,6 +103,11 @@ pub(super) fn translate(
     bundle: &Path,
 ) -> Result<Vec<Bind>, SpecError> {
     let mut binds = Vec::new();
+    let own = spec.linux().as_ref().map(|linux| {
+        let of = |maps: &Option<Vec<_>>| maps.clone().unwrap_or_default();
+        (of(linux.uid_mappings()), of(linux.gid_mappings()))
+    });
+    let own = own.unwrap_or_default();
     let Some(mounts) = spec.mounts_mut() else {
         return Ok(binds);
     };
@@ -45,7 +115,8 @@ pub(super) fn translate(
         let options = mount.options().clone().unwrap_or_default();
         let has = |name: &str| options.iter().any(|option| option == name);
         let is_bind = mount.typ().as_deref() == Some("bind") || has("bind") || has("rbind");
-        if !is_bind {
+        // With remount nothing is bound; it changes a mount that is there.
+        if !is_bind || has("remount") {
             continue;
         }
         let at = format!("mounts[{n}].source");
@@ -56,6 +127,8 @@ pub(super) fn translate(
         let Some(is_dir) = shared_kind(&source, &at)? else {
             continue;
         };
+        let ids = mount_ids(mount, &own, &format!("mounts[{n}]"))?;
+        forget_ids(mount);
         let number = binds.len();
         binds.push(Bind {
             number,
@@ -63,6 +136,7 @@ pub(super) fn translate(
             is_dir,
             readonly: has("ro") || has("rro"),
             recursive: has("rbind"),
+            ids,
         });
         mount.set_source(Some(guest_bind(id, number)));
     }

@@ -7,14 +7,14 @@
 //! | `root.path` | the root below the share ([`guest_rootfs`]) |
 //! | a bind mount's source | its place below the share, for files and folders |
 //! | `linux.namespaces[].path` | see `namespaces.rs` |
-//! | `hooks` | gone; they run on the host |
+//! | `hooks` | `startContainer` only, whose programs are the container's; the others run on the host |
 //! | AppArmor profile, SELinux labels | gone; the guest has neither |
 
 mod binds;
 mod json_path;
 mod namespaces;
 
-pub use binds::Bind;
+pub use binds::{Bind, MountIds};
 pub use namespaces::HostNetns;
 
 use crate::Kind;
@@ -178,18 +178,6 @@ impl BundleSpec {
                 return Err(field(format!("mounts[{n}].destination"), "is empty"));
             }
         }
-        let start_hooks = self
-            .spec
-            .hooks()
-            .as_ref()
-            .and_then(|hooks| hooks.start_container().as_ref());
-        if start_hooks.is_some_and(|hooks| !hooks.is_empty()) {
-            return Err(unsupported(
-                "hooks.startContainer",
-                "such hooks are host programs to run inside the container, which is in a VM; use \
-                 createRuntime or poststart",
-            ));
-        }
         Ok(())
     }
 
@@ -263,7 +251,13 @@ impl BundleSpec {
         if let Some(root) = spec.root_mut() {
             root.set_path(guest_rootfs(id));
         }
-        spec.set_hooks(None);
+        let hooks = spec.hooks().as_ref();
+        let inside = hooks.and_then(|hooks| hooks.start_container().clone());
+        spec.set_hooks(inside.filter(|hooks| !hooks.is_empty()).map(|hooks| {
+            let mut inside = Hooks::default();
+            inside.set_start_container(Some(hooks));
+            inside
+        }));
         if let Some(process) = spec.process_mut() {
             strip_labels(process);
         }

@@ -5,11 +5,12 @@
 //! | network | a new one in the guest | the guest's root network, which is the pod's; on the host the VMM lives in the one named |
 //! | ipc | a new one in the guest | the guest's root one, which the pod's containers share |
 //! | uts | a new one in the guest | a new one, with the pod's host name |
-//! | pid | a new one in the guest | in a pod, that of a process: the guest's root one, which the pod's containers then share; else refused |
+//! | pid | a new one in the guest | in a pod, that of a process: the pod's own, which its containers then share; else refused |
 //! | mount, cgroup | a new one in the guest | refused |
 //! | user, time | left to the agent | refused |
 
 use super::{SpecError, unsupported};
+use bulkhead_proto::guest::POD_PID_NAMESPACE;
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use std::path::{Path, PathBuf};
 
@@ -72,7 +73,10 @@ pub(super) fn translate(
             // config-linux, "Namespaces"); the agent's own are the pod's.
             LinuxNamespaceType::Network | LinuxNamespaceType::Ipc => {}
             // The sandbox's or another container's, of which the pid is the VMM's in either case.
-            LinuxNamespaceType::Pid if in_pod && is_of_process(&path) => {}
+            LinuxNamespaceType::Pid if in_pod && is_of_process(&path) => {
+                namespace.set_path(Some(POD_PID_NAMESPACE.into()));
+                kept.push(namespace);
+            }
             LinuxNamespaceType::Uts => {
                 joins_pod_uts = true;
                 namespace.set_path(None);

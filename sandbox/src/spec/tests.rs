@@ -38,7 +38,11 @@ fn id() -> ContainerId {
 
 #[test]
 fn the_guest_gets_its_own_root_and_no_host_labels_or_hooks() {
-    let spec = with("/hooks", json!({"prestart": [{"path": "/bin/true"}]}));
+    let hooks = json!({
+        "prestart": [{"path": "/bin/true"}],
+        "startContainer": [{"path": "/bin/inside"}],
+    });
+    let spec = with("/hooks", hooks);
     let bundle = Bundle::new(&spec);
     let spec = bundle.load().unwrap();
     assert_eq!(spec.root_path(), bundle.0.path().join("rootfs"));
@@ -46,7 +50,13 @@ fn the_guest_gets_its_own_root_and_no_host_labels_or_hooks() {
     let guest = spec.for_guest(&id(), &PodSettings::default()).unwrap().spec;
     let root = guest.root().as_ref().unwrap().path();
     assert_eq!(root, Path::new("/run/bulkhead/shared/c1/rootfs"));
-    assert!(guest.hooks().is_none());
+    // But for those whose programs are the container's own.
+    let hooks = guest.hooks().as_ref().unwrap();
+    assert_eq!(
+        hooks.start_container().as_ref().unwrap()[0].path(),
+        Path::new("/bin/inside")
+    );
+    assert!(hooks.prestart().is_none() && hooks.poststop().is_none());
     assert!(
         guest
             .process()
@@ -68,10 +78,6 @@ fn a_bad_spec_is_refused_with_the_fields_name() {
         (with("/root", json!({"path": ""})), "root.path"),
         (with("/root", Value::Null), "root"),
         (with("/process", Value::Null), "process"),
-        (
-            with("/hooks", json!({"startContainer": [{"path": "/x"}]})),
-            "hooks.startContainer",
-        ),
     ] {
         let error = Bundle::new(&spec).load().unwrap_err().to_string();
         assert!(error.contains(wanted), "{wanted}: {error}");
@@ -95,6 +101,7 @@ fn files_and_folders_are_bound_through_the_share() {
             {"destination": "/f", "type": "bind", "source": file, "options": ["bind", "ro"]},
             {"destination": "/null", "type": "bind", "source": "/dev/null", "options": ["bind"]},
             {"destination": "/d", "source": folder, "options": ["rbind", "rw"]},
+            {"destination": "/d", "source": "none", "options": ["remount", "bind", "ro"]},
         ]),
     );
     let guest = Bundle::new(&spec)
@@ -109,6 +116,7 @@ fn files_and_folders_are_bound_through_the_share() {
             is_dir: false,
             readonly: true,
             recursive: false,
+            ids: None,
         },
         Bind {
             number: 1,
@@ -116,6 +124,7 @@ fn files_and_folders_are_bound_through_the_share() {
             is_dir: true,
             readonly: false,
             recursive: true,
+            ids: None,
         },
     ];
     assert_eq!(guest.binds, wanted);
@@ -132,10 +141,73 @@ fn files_and_folders_are_bound_through_the_share() {
             "proc",
             "/run/bulkhead/shared/c1/mounts/0",
             "/dev/null",
-            "/run/bulkhead/shared/c1/mounts/1"
+            "/run/bulkhead/shared/c1/mounts/1",
+            "none"
         ]
         .map(PathBuf::from)
     );
+}
+
+#[test]
+fn ids_of_mounts_are_mapped_on_the_host() {
+    let range = |container: u32, host: u32, size: u32| json!([{"containerID": container, "hostID": host, "size": size}]);
+    let of = |mount: Value, own: Value| {
+        let mut mount = mount;
+        mount["destination"] = json!("/x");
+        mount["source"] = json!("/tmp");
+        let mut spec = with("/mounts", json!([mount]));
+        spec["linux"]["uidMappings"] = own.clone();
+        spec["linux"]["gidMappings"] = own;
+        Bundle::new(&spec)
+            .load()
+            .unwrap()
+            .for_guest(&id(), &PodSettings::default())
+    };
+    let none = || json!([]);
+    // With maps of its own, as with none: then those of the container's user namespace.
+    let maps = json!({"options": ["rbind", "ridmap", "ro"], "uidMappings": range(0, 7, 1), "gidMappings": range(0, 8, 1)});
+    for (mount, own, wanted, recursive) in [
+        (maps.clone(), none(), (7, 8), true),
+        (
+            json!({"options": ["bind", "idmap"]}),
+            range(0, 9, 1),
+            (9, 9),
+            false,
+        ),
+    ] {
+        let mut guest = of(mount, own).unwrap();
+        let ids = guest.binds[0].ids.take().unwrap();
+        assert_eq!((ids.uids[0].host_id(), ids.gids[0].host_id()), wanted);
+        assert_eq!(ids.recursive, recursive);
+        let mount = &guest.spec.mounts().as_ref().unwrap()[0];
+        assert!(mount.uid_mappings().is_none() && mount.gid_mappings().is_none());
+        let options = mount.options().as_ref().unwrap();
+        assert!(
+            !options.iter().any(|word| word.ends_with("idmap")),
+            "{options:?}"
+        );
+    }
+    for (mount, wanted) in [
+        (
+            json!({"options": ["bind", "idmap"]}),
+            "mounts[0].uidMappings",
+        ),
+        (
+            json!({"options": ["bind"], "uidMappings": range(0, 1, 1)}),
+            "mounts[0].gidMappings",
+        ),
+        (
+            json!({"options": ["bind"], "uidMappings": range(0, 1, 0), "gidMappings": range(0, 1, 1)}),
+            "mounts[0].uidMappings",
+        ),
+        (
+            json!({"options": ["bind"], "uidMappings": range(0, 1, 1), "gidMappings": range(u32::MAX, 1, 1)}),
+            "mounts[0].gidMappings",
+        ),
+    ] {
+        let error = of(mount, none()).unwrap_err().to_string();
+        assert!(error.contains(wanted), "{error}");
+    }
 }
 
 #[test]
@@ -188,7 +260,12 @@ fn a_container_joins_the_processes_of_its_pod_and_of_no_other() {
     let linux = guest.linux().as_ref().unwrap();
     let namespaces = linux.namespaces().as_ref().unwrap();
     let kinds: Vec<_> = namespaces.iter().map(|one| one.typ()).collect();
-    assert_eq!(kinds, [LinuxNamespaceType::Mount]);
+    assert_eq!(kinds, [LinuxNamespaceType::Mount, LinuxNamespaceType::Pid]);
+    let path = namespaces[1].path().as_deref();
+    assert_eq!(
+        path,
+        Some(Path::new(bulkhead_proto::guest::POD_PID_NAMESPACE))
+    );
     spec["linux"]["namespaces"][1]["path"] = json!("/run/pid-namespace");
     let elsewhere = Bundle::new(&spec).load().unwrap();
     assert!(elsewhere.for_guest(&id(), &pod()).is_err());

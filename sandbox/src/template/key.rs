@@ -106,6 +106,8 @@ pub struct Shape {
     pub vcpus: u8,
     /// Guest memory in MiB.
     pub memory_mib: u32,
+    /// How much can be plugged beyond that, in MiB.
+    pub hotplug_mib: u32,
     /// What the configuration appends to the guest kernel's command line.
     pub kernel_params: Vec<String>,
     /// Whether the guest's console is the verbose one.
@@ -153,6 +155,7 @@ impl Identity {
             shape: Shape {
                 vcpus: size.vcpus,
                 memory_mib: size.memory_mib,
+                hotplug_mib: size.hotplug_mib,
                 kernel_params: config.kernel_params.clone(),
                 verbose: config.console == Console::Verbose,
                 devices: DEVICES.into(),
@@ -259,6 +262,7 @@ pub(crate) mod tests {
             shape: Shape {
                 vcpus: 1,
                 memory_mib,
+                hotplug_mib: 0,
                 kernel_params: Vec::new(),
                 verbose: false,
                 devices: DEVICES.into(),
@@ -274,11 +278,12 @@ pub(crate) mod tests {
     fn whatever_differs_gives_another_key() {
         let base = identity(128);
         assert_eq!(base.key(), identity(128).key());
-        let changes: [&dyn Fn(&mut Identity); 9] = [
+        let changes: [&dyn Fn(&mut Identity); 10] = [
             &|one| one.format += 1,
             &|one| one.version = "9.9.9".into(),
             &|one| one.shape.vcpus = 2,
             &|one| one.shape.memory_mib = 192,
+            &|one| one.shape.hotplug_mib = 2,
             &|one| one.shape.kernel_params = vec!["debug".into()],
             &|one| one.shape.verbose = true,
             &|one| one.kernel.changed.1 += 1,
@@ -296,7 +301,7 @@ pub(crate) mod tests {
         keys.push(base.key());
         keys.sort();
         keys.dedup();
-        assert_eq!(keys.len(), 10);
+        assert_eq!(keys.len(), 11);
     }
 
     #[test]

@@ -1,12 +1,10 @@
 //! Asking a VMM to save its machine.
 
-use crate::folder::{RuntimeFolder, short_path};
-use bulkhead_proto::vmm::{MAX_CONTROL_LINE, Request, Response};
-use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use crate::control::ask;
+use crate::folder::RuntimeFolder;
+use bulkhead_proto::vmm::{Request, Response};
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, IoSlice, Read, Seek, SeekFrom, Write};
-use std::os::fd::AsRawFd;
-use std::os::unix::net::UnixStream;
+use std::io::{self, Seek, SeekFrom};
 use std::time::Duration;
 
 /// Pauses between the tries. The VMM refuses while a vsock connection is open, and the guest takes
@@ -33,7 +31,7 @@ pub(super) fn save(
 ) -> io::Result<()> {
     let mut pauses = PAUSES.iter();
     loop {
-        let message = match ask(folder, &files, limit)? {
+        let message = match ask(folder, &Request::SaveTemplate {}, &files, limit)? {
             Response::Ok => return Ok(()),
             Response::Error { message } => message,
             Response::Status(_) => return Err(io::Error::other("it answered another question")),
@@ -50,36 +48,10 @@ pub(super) fn save(
     }
 }
 
-fn ask(folder: &RuntimeFolder, files: &[File; 2], limit: Duration) -> io::Result<Response> {
-    let opened = folder.open()?;
-    let mut stream = UnixStream::connect(short_path(&opened, "control.sock"))?;
-    stream.set_read_timeout(Some(limit))?;
-    stream.set_write_timeout(Some(limit))?;
-    let mut line = serde_json::to_vec(&Request::SaveTemplate {})?;
-    line.push(b'\n');
-    let fds = files.each_ref().map(File::as_raw_fd);
-    let sent = sendmsg::<()>(
-        stream.as_raw_fd(),
-        &[IoSlice::new(&line)],
-        &[ControlMessage::ScmRights(&fds)],
-        MsgFlags::MSG_NOSIGNAL,
-        None,
-    )?;
-    stream.write_all(line.get(sent..).unwrap_or_default())?;
-    let mut answer = Vec::new();
-    BufReader::new(stream.take(MAX_CONTROL_LINE as u64)).read_until(b'\n', &mut answer)?;
-    if answer.is_empty() {
-        return Err(io::Error::new(
-            io::ErrorKind::UnexpectedEof,
-            "it closed the control connection without an answer",
-        ));
-    }
-    Ok(serde_json::from_slice(&answer)?)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::{BufRead, BufReader, Write};
     use std::os::unix::fs::DirBuilderExt;
     use std::os::unix::net::UnixListener;
 

@@ -3,6 +3,8 @@
 
 use crate::common::{self, Pod, possible, process};
 use bulkhead_sandbox::config::Config;
+use bulkhead_sandbox::pod::PodLimits;
+use bulkhead_sandbox::sizing;
 use bulkhead_sandbox::template::{self, Entry, Store};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
@@ -43,6 +45,12 @@ async fn run(pod: &Pod) {
     assert_eq!(pod.sandbox.wait(process("c1")).await.unwrap().code, 3);
     pod.sandbox.delete(process("c1")).await.unwrap();
     pod.assert_nothing_left().await;
+}
+
+/// The machine of a pod without limits.
+fn size_of(config: &Config) -> sizing::MachineSize {
+    let host = sizing::host_memory().unwrap();
+    sizing::machine_size(config, PodLimits::default(), host).unwrap()
 }
 
 #[tokio::test]
@@ -170,9 +178,10 @@ async fn the_folders_limit_is_kept() {
     let build = async |memory_mib| {
         let mut config = pod.config();
         config.template_limit_mib = 64;
-        let size = bulkhead_sandbox::sizing::MachineSize {
+        let size = sizing::MachineSize {
             vcpus: 1,
             memory_mib,
+            hotplug_mib: 0,
         };
         template::build(&config, size, &|_| ()).await.unwrap().key
     };
@@ -266,10 +275,7 @@ async fn what_cannot_be_built_boots_cold_and_is_not_tried_at_each_start() {
     assert!(left.len() == 1 && left[0].ends_with(".failed"), "{left:?}");
     // An administrator who asks for it isn't put off.
     untell(&pod, "no-save");
-    let size = bulkhead_sandbox::sizing::MachineSize {
-        vcpus: 1,
-        memory_mib: 128,
-    };
+    let size = size_of(&pod.config());
     let built = template::build(&pod.config(), size, &|_| ()).await.unwrap();
     assert_eq!(names(&pod), [built.key.to_string()]);
     starts(&pod);
@@ -373,10 +379,7 @@ async fn helper_process() {
     };
     let text = std::fs::read_to_string(Path::new(&folder).join("config.toml")).unwrap();
     let config = Config::parse(&text, "test").unwrap();
-    let size = bulkhead_sandbox::sizing::MachineSize {
-        vcpus: 1,
-        memory_mib: 128,
-    };
+    let size = size_of(&config);
     template::build(&config, size, &|_| ()).await.unwrap();
 }
 

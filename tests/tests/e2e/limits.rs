@@ -35,7 +35,8 @@ pub fn run(checks: &mut Checks, artifacts: &Artifacts) {
     limited["linux"]["resources"] = json!({
         "memory": { "limit": 8 << 20 },
         "cpu": { "quota": 50000, "period": 100000, "shares": 512 },
-        "pids": { "limit": 6 }
+        "pids": { "limit": 6 },
+        "blockIO": { "weight": 500 }
     });
     limited["linux"]["namespaces"]
         .as_array_mut()
@@ -61,8 +62,8 @@ pub fn run(checks: &mut Checks, artifacts: &Artifacts) {
     checks.check(
         "limits stand in the container's cgroup; its hostname; two CPUs are online",
         || {
-            let files =
-                ["memory.max", "cpu.max", "pids.max"].map(|f| format!("/sys/fs/cgroup/{f}"));
+            let files = ["memory.max", "cpu.max", "pids.max", "io.weight"]
+                .map(|f| format!("/sys/fs/cgroup/{f}"));
             let script = format!(
                 "cat {} /sys/devices/system/cpu/online /proc/sys/kernel/hostname /proc/self/cgroup",
                 files.join(" ")
@@ -72,7 +73,15 @@ pub fn run(checks: &mut Checks, artifacts: &Artifacts) {
             let lines: Vec<&str> = output.lines().collect();
             assert_eq!(
                 lines,
-                ["8388608", "50000 100000", "6", "0-1", "direct", "0::/"]
+                [
+                    "8388608",
+                    "50000 100000",
+                    "6",
+                    "default 4950",
+                    "0-1",
+                    "direct",
+                    "0::/"
+                ]
             );
         },
     );

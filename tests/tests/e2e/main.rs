@@ -18,6 +18,7 @@ mod streams;
 mod templates;
 mod terminal;
 mod vm;
+mod vm_hotplug;
 mod vm_template;
 
 use bulkhead_tests::runner::{self, Need, Scenario};
@@ -85,6 +86,11 @@ const SCENARIOS: &[Scenario] = &[
         run: memory::run,
     },
     Scenario {
+        name: "memory-resized",
+        needs: Need::Guest,
+        run: memory::resized,
+    },
+    Scenario {
         name: "resources",
         needs: Need::Guest,
         run: resources::run,
@@ -113,6 +119,11 @@ const SCENARIOS: &[Scenario] = &[
         name: "vm-contract",
         needs: Need::Guest,
         run: vm::contract,
+    },
+    Scenario {
+        name: "vm-hotplug",
+        needs: Need::Guest,
+        run: vm_hotplug::run,
     },
     Scenario {
         name: "vm-template",

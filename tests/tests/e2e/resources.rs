@@ -6,9 +6,11 @@ use bulkhead_tests::{Artifacts, Error};
 use containerd_shim_protos::api;
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::shim::oci::ProcessDetails;
+use nix::sys::statfs::{EXT4_SUPER_MAGIC, TMPFS_MAGIC, statfs};
 use protobuf::Message;
-use protobuf::well_known_types::any::Any;
 use serde_json::{Value, json};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 const V: TaskVersion = TaskVersion::V3;
@@ -36,17 +38,7 @@ impl Task<'_> {
     }
 
     fn update(&self, resources: &Value) -> Result<api::Empty, Error> {
-        let resources = Any {
-            type_url: "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources".into(),
-            value: resources.to_string().into_bytes(),
-            ..Default::default()
-        };
-        let request = api::UpdateTaskRequest {
-            id: self.id(),
-            resources: Some(resources).into(),
-            ..Default::default()
-        };
-        self.shim.call(V, "Update", &request)
+        self.shim.update(V, resources)
     }
 
     fn pause(&self) -> Result<api::Empty, Error> {
@@ -95,10 +87,47 @@ fn until(mut so: impl FnMut() -> bool) {
     }
 }
 
+/// The user that the container has.
+const USER: u32 = 1000;
+
+/// Gives the container another user, a volume in which the files of root are that one's, and a hook
+/// that writes there. None where the file system can't do that.
+fn mapped_volume(bundle: &Bundle, spec: &mut Value) -> Option<PathBuf> {
+    let volume = bundle.beside("volume");
+    std::fs::create_dir(&volume).unwrap();
+    if !has_mapped_mounts(&volume) {
+        eprintln!("not checked: id-mapped mounts, which the file system of the tests lacks");
+        return None;
+    }
+    let ids = json!([{ "containerID": 0, "hostID": USER, "size": 1 }]);
+    let mount = json!({ "destination": "/volume", "type": "bind", "source": volume,
+        "options": ["rbind", "idmap"], "uidMappings": ids, "gidMappings": ids });
+    spec["mounts"].as_array_mut().unwrap().push(mount);
+    spec["process"]["user"] = json!({ "uid": USER, "gid": USER });
+    let hook = json!({ "path": "/bin/busybox", "args": ["touch", "/volume/hooked"] });
+    spec["hooks"] = json!({ "startContainer": [hook] });
+    Some(volume)
+}
+
+/// Whether the file system that `folder` is on has id-mapped mounts (mount_setattr(2)).
+fn has_mapped_mounts(folder: &Path) -> bool {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let mut numbers = release
+        .split('.')
+        .map_while(|part| part.parse::<u32>().ok());
+    let kernel = (numbers.next(), numbers.next());
+    match statfs(folder).unwrap().filesystem_type() {
+        TMPFS_MAGIC => kernel >= (Some(6), Some(3)),
+        EXT4_SUPER_MAGIC => kernel >= (Some(5), Some(12)),
+        _ => false,
+    }
+}
+
 pub fn run(checks: &mut Checks, artifacts: &Artifacts) {
     let bundle = Bundle::new(artifacts, "resources", "").unwrap();
     // Works all the time, without the kernel.
-    let mut busy = spec(&["sh", "-c", "while :; do :; done"]);
+    let mut busy = spec(&["sh", "-c", "echo >/volume/made; while :; do :; done"]);
+    let volume = mapped_volume(&bundle, &mut busy);
     busy["linux"]["resources"] = json!({
         "memory": { "limit": LIMIT },
         "pids": { "limit": 20 }
@@ -114,6 +143,20 @@ pub fn run(checks: &mut Checks, artifacts: &Artifacts) {
         }
     });
     let Some(task) = started else { return };
+    if let Some(volume) = volume {
+        checks.check("an id-mapped volume: its files have other owners", || {
+            until(|| volume.join("made").exists());
+            let made = std::fs::metadata(volume.join("made")).unwrap();
+            assert_eq!((made.uid(), made.gid()), (0, 0));
+        });
+        checks.check(
+            "a startContainer hook ran in the container, before it",
+            || {
+                let hooked = std::fs::metadata(volume.join("hooked")).unwrap();
+                assert_eq!((hooked.uid(), hooked.gid()), (0, 0));
+            },
+        );
+    }
     stats_and_pids(checks, &task);
     updates(checks, &task);
     pauses(checks, &task);

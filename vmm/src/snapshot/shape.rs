@@ -21,6 +21,8 @@ pub struct Shape {
     pub vcpus: u8,
     /// Guest memory in bytes.
     pub memory_bytes: u64,
+    /// Length in bytes of the region for memory that can be plugged; 0 if there is none.
+    pub hotplug_bytes: u64,
     /// How KVM runs guest kernel mode, on which the command line depends.
     pub kvm: KvmKind,
     /// The kernel's command line, which names the device windows.
@@ -120,6 +122,7 @@ impl Shape {
         }
         same("vcpus", &self.vcpus, &here.vcpus)?;
         same("memory_bytes", &self.memory_bytes, &here.memory_bytes)?;
+        same("hotplug_bytes", &self.hotplug_bytes, &here.hotplug_bytes)?;
         same("KVM kind", &self.kvm, &here.kvm)?;
         same("kernel image", &self.kernel, &here.kernel)?;
         same(

@@ -37,6 +37,7 @@ fn shape() -> Shape {
     Shape {
         vcpus: 2,
         memory_bytes: 64 << 20,
+        hotplug_bytes: 0,
         kvm: KvmKind::Emulated,
         command_line: "quiet ro".into(),
         kernel: Image::of(&file(&[2; 50_000])).unwrap(),

@@ -21,6 +21,7 @@ pub mod console;
 pub mod fs;
 pub mod interrupt;
 mod iovec;
+pub mod mem;
 pub mod mmio;
 pub mod queue;
 pub mod rng;
@@ -58,6 +59,8 @@ pub enum DeviceType {
     Vsock,
     /// File system, §5.11.
     Fs,
+    /// Memory that can be plugged and unplugged, §5.15.
+    Mem,
 }
 
 impl DeviceType {
@@ -71,6 +74,7 @@ impl DeviceType {
             DeviceType::Balloon => ids::VIRTIO_ID_BALLOON,
             DeviceType::Vsock => ids::VIRTIO_ID_VSOCK,
             DeviceType::Fs => ids::VIRTIO_ID_FS,
+            DeviceType::Mem => ids::VIRTIO_ID_MEM,
         }
     }
 
@@ -83,6 +87,7 @@ impl DeviceType {
             DeviceType::Balloon => "balloon",
             DeviceType::Vsock => "vsock",
             DeviceType::Fs => "fs",
+            DeviceType::Mem => "mem",
         }
     }
 }

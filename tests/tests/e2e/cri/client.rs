@@ -1,12 +1,13 @@
 //! A CRI client as kubelet is one: gRPC over containerd's socket, one call at a time.
 
+use super::stream::Stream;
 use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
 use k8s_cri::v1::{
-    ContainerConfig, ContainerState, ContainerStats, ContainerStatsRequest, ContainerStatus,
-    ContainerStatusRequest, CreateContainerRequest, ExecSyncRequest, ExecSyncResponse,
-    PodSandboxConfig, PodSandboxStatus, PodSandboxStatusRequest, RemoveContainerRequest,
-    RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest, StopContainerRequest,
-    StopPodSandboxRequest,
+    AttachRequest, ContainerConfig, ContainerState, ContainerStats, ContainerStatsFilter,
+    ContainerStatsRequest, ContainerStatus, ContainerStatusRequest, CreateContainerRequest,
+    ExecRequest, ExecSyncRequest, ExecSyncResponse, ListContainerStatsRequest, PodSandboxConfig,
+    PodSandboxStatus, PodSandboxStatusRequest, RemoveContainerRequest, RemovePodSandboxRequest,
+    RunPodSandboxRequest, StartContainerRequest, StopContainerRequest, StopPodSandboxRequest,
 };
 use std::future::Future;
 use std::path::Path;
@@ -148,7 +149,7 @@ impl Client {
         let request = ExecSyncRequest {
             container_id: container.into(),
             cmd: argv.iter().map(|word| (*word).into()).collect(),
-            timeout: 60,
+            timeout: 100,
         };
         self.answer(self.service.clone().exec_sync(request))
     }
@@ -167,5 +168,44 @@ impl Client {
         let request = ContainerStatsRequest { container_id };
         let answer = self.answer(self.service.clone().container_stats(request))?;
         Ok(answer.stats.unwrap_or_default())
+    }
+    /// The statistics of all containers of a pod.
+    pub fn all_stats(&self, pod: &str) -> Answer<Vec<ContainerStats>> {
+        let filter = ContainerStatsFilter {
+            pod_sandbox_id: pod.into(),
+            ..Default::default()
+        };
+        let request = ListContainerStatsRequest {
+            filter: Some(filter),
+        };
+        let answer = self.answer(self.service.clone().list_container_stats(request))?;
+        Ok(answer.stats)
+    }
+
+    /// Executes a command with a terminal.
+    pub fn exec_terminal(&self, container: &str, argv: &[&str]) -> Answer<Stream> {
+        let request = ExecRequest {
+            container_id: container.into(),
+            cmd: argv.iter().map(|word| (*word).into()).collect(),
+            tty: true,
+            stdin: true,
+            stdout: true,
+            stderr: false,
+        };
+        let answer = self.answer(self.service.clone().exec(request))?;
+        Ok(Stream::open(&answer.url))
+    }
+
+    /// Attaches to a container that has a terminal.
+    pub fn attach_terminal(&self, container: &str) -> Answer<Stream> {
+        let request = AttachRequest {
+            container_id: container.into(),
+            stdin: true,
+            tty: true,
+            stdout: true,
+            stderr: false,
+        };
+        let answer = self.answer(self.service.clone().attach(request))?;
+        Ok(Stream::open(&answer.url))
     }
 }

@@ -1,6 +1,9 @@
 //! Kubernetes pods: through the CRI plugin of a real containerd, as kubelet asks for them.
 
 mod client;
+mod security;
+mod stream;
+mod terminals;
 
 use bulkhead_tests::Artifacts;
 use bulkhead_tests::containerd::{Containerd, IMAGE, Release, SANDBOX_IMAGE};
@@ -9,8 +12,8 @@ use bulkhead_tests::runner::Checks;
 use client::Client;
 use k8s_cri::v1::security_profile::ProfileType;
 use k8s_cri::v1::{
-    Capability, ContainerConfig, ContainerMetadata, ContainerState, DnsConfig, ImageSpec,
-    Int64Value, LinuxContainerConfig, LinuxContainerResources, LinuxContainerSecurityContext,
+    ContainerConfig, ContainerMetadata, ContainerState, ContainerStats, DnsConfig, ImageSpec,
+    LinuxContainerConfig, LinuxContainerResources, LinuxContainerSecurityContext,
     LinuxPodSandboxConfig, LinuxSandboxSecurityContext, Mount, NamespaceMode, NamespaceOption,
     PodSandboxConfig, PodSandboxMetadata, PodSandboxState, SecurityProfile,
 };
@@ -255,15 +258,12 @@ fn containers(checks: &mut Checks, containerd: &Containerd, pod: &Pod) {
     checks.check(
         "network, IPC and host name are the pod's, processes are not",
         || {
-            let each = |script: &str| (client.shell(&first, script), client.shell(&second, script));
-            for kind in ["net", "ipc"] {
-                let (one, other) = each(&format!("readlink /proc/self/ns/{kind}"));
-                assert_eq!(one, other, "{kind}");
-            }
-            let (one, other) = each("readlink /proc/self/ns/pid");
-            assert_ne!(one, other);
-            let host_name = "web-host".to_owned();
-            assert_eq!(each("hostname"), (host_name.clone(), host_name));
+            let script = "for kind in net ipc pid; do readlink /proc/self/ns/$kind; done; hostname";
+            let [one, other] = [&first, &second].map(|id| client.shell(id, script));
+            let (one, other): (Vec<_>, Vec<_>) = (one.lines().collect(), other.lines().collect());
+            assert_eq!((one.len(), &one[..2]), (4, &other[..2]));
+            assert_ne!(one[2], other[2], "the pid namespace");
+            assert_eq!([one[3], other[3]], ["web-host"; 2]);
         },
     );
     checks.check("/dev/shm is shared", || {
@@ -271,69 +271,74 @@ fn containers(checks: &mut Checks, containerd: &Containerd, pod: &Pod) {
         assert_eq!(client.shell(&second, "cat /dev/shm/note"), "by the first");
     });
     checks.check("resolv.conf, hosts and hostname are the pod's", || {
-        let resolver = client.shell(&first, "cat /etc/resolv.conf");
-        assert!(resolver.contains("nameserver 192.0.2.53"), "{resolver}");
-        assert!(resolver.contains("search svc.example"), "{resolver}");
-        assert_eq!(client.shell(&first, "cat /etc/hostname"), "web-host");
-        assert!(client.shell(&first, "cat /etc/hosts").contains("localhost"));
+        let files = client.shell(&first, "cat /etc/hostname /etc/resolv.conf /etc/hosts");
+        for line in ["web-host", "nameserver 192.0.2.53", "search svc.example"] {
+            assert!(files.lines().any(|found| found == line), "{line}: {files}");
+        }
+        assert!(files.contains("localhost"), "{files}");
     });
     checks.check("RuntimeDefault's seccomp profile filters", || {
         let status = client.shell(&first, "grep Seccomp: /proc/self/status");
         assert_eq!(status.split_whitespace().last(), Some("2"), "{status}");
     });
-    checks.check("a container's statistics", || {
-        client.shell(&first, "head -c 1000000 /dev/zero | sha256sum");
-        let stats = client.stats(&first).unwrap();
-        let value = |value: Option<k8s_cri::v1::UInt64Value>| value.unwrap_or_default().value;
-        assert!(value(stats.cpu.unwrap_or_default().usage_core_nano_seconds) > 0);
-        assert!(value(stats.memory.unwrap_or_default().working_set_bytes) > 0);
-    });
-    secured(checks, containerd, pod);
-}
-
-fn secured(checks: &mut Checks, containerd: &Containerd, pod: &Pod) {
-    checks.check("user, groups, capabilities, read-only root", || {
-        let mut config = shell_container("secured", "exec sleep 100000");
-        *security(&mut config) = LinuxContainerSecurityContext {
-            run_as_user: Some(Int64Value { value: 1000 }),
-            run_as_group: Some(Int64Value { value: 1000 }),
-            supplemental_groups: vec![2000, 3000],
-            readonly_rootfs: true,
-            no_new_privs: true,
-            capabilities: Some(Capability {
-                add_capabilities: vec!["SYS_TIME".into()],
-                drop_capabilities: vec!["CHOWN".into()],
-                ..Default::default()
-            }),
-            ..security(&mut config).clone()
-        };
-        let id = pod.run(containerd, config);
-        let groups = pod.client.shell(&id, "id -u; id -g; id -G");
-        let lines: Vec<&str> = groups.lines().collect();
-        assert_eq!(lines[..2], ["1000", "1000"], "{groups}");
-        for group in ["2000", "3000"] {
-            assert!(lines[2].split(' ').any(|one| one == group), "{groups}");
+    checks.check("statistics: what each container did, and no other", || {
+        let before = [&first, &second].map(|id| usage(&client.stats(id).unwrap()));
+        // /dev is memory of the container's own.
+        let script = "head -c 1000000 /dev/zero >/dev/fill; \
+            head -c 300000 /dev/zero | sha256sum >/dev/null; times >/tmp/times; tail -n 1 /tmp/times";
+        // As the shell counts what its children have used: "0m0.10s 0m2.35s".
+        let used: f64 = (client.shell(&first, script).split_whitespace())
+            .map(|time| {
+                let (minutes, seconds) = time.trim_end_matches('s').split_once('m').unwrap();
+                minutes.parse::<f64>().unwrap() * 60.0 + seconds.parse::<f64>().unwrap()
+            })
+            .sum();
+        // The counters may be those of a moment ago.
+        let end = Instant::now() + Duration::from_secs(60);
+        loop {
+            let all = client.all_stats(&pod.id).unwrap();
+            let after = [&first, &second].map(|id| {
+                let one = all.iter().find(|one| {
+                    one.attributes.as_ref().is_some_and(|attributes| attributes.id == **id)
+                });
+                usage(one.unwrap_or_else(|| panic!("{id} is not in {all:?}")))
+            });
+            let cpu = |index: usize| (after[index].0 - before[index].0) as f64 / 1e9;
+            if cpu(0) >= used * 0.9 {
+                assert!(used > 0.0 && cpu(1) < cpu(0) / 2.0, "{used} {before:?} {after:?}");
+                let more = |index: usize| after[index].1.saturating_sub(before[index].1);
+                assert!(
+                    more(0) > 500_000 && more(1) < 500_000 && after[1].1 > 0,
+                    "{before:?} {after:?}"
+                );
+                break;
+            }
+            assert!(Instant::now() < end, "{used} {before:?} {after:?}");
+            std::thread::sleep(Duration::from_millis(200));
         }
-        let status = pod.client.shell(&id, "cat /proc/self/status");
-        let field = |name: &str| {
-            let line = status.lines().find(|line| line.starts_with(name));
-            line.and_then(|line| line.split_whitespace().last())
-                .unwrap_or_default()
-        };
-        let bounding = u64::from_str_radix(field("CapBnd"), 16).unwrap();
-        assert_eq!((bounding & 1, bounding >> 25 & 1), (0, 1), "{bounding:x}");
-        assert_eq!(field("NoNewPrivs"), "1");
-        let refused = pod.client.shell(&id, "touch /x 2>&1 || true");
-        assert!(refused.contains("Read-only"), "{refused}");
     });
+    terminals::checks(checks, containerd, pod, &first);
+    security::restricted(checks, containerd, pod);
 }
 
-/// A second pod, which shares its processes and sets kernel parameters.
+/// Nanoseconds of CPU time, bytes of memory.
+fn usage(stats: &ContainerStats) -> (u64, u64) {
+    let value = |value: Option<k8s_cri::v1::UInt64Value>| value.unwrap_or_default().value;
+    let cpu = stats.cpu.unwrap_or_default();
+    let memory = stats.memory.unwrap_or_default();
+    (
+        value(cpu.usage_core_nano_seconds),
+        value(memory.working_set_bytes),
+    )
+}
+
+/// A second pod, privileged, which shares its processes and sets kernel parameters.
 fn sharing(checks: &mut Checks, containerd: &Containerd, client: &Client) {
     let mut config = pod_config(containerd, "shared");
     let linux = config.linux.get_or_insert_default();
     linux.security_context = Some(LinuxSandboxSecurityContext {
         namespace_options: Some(NamespaceOption::default()),
+        privileged: true,
         ..Default::default()
     });
     let sysctls = [
@@ -360,23 +365,25 @@ fn sharing(checks: &mut Checks, containerd: &Containerd, client: &Client) {
             };
             let first = run("first", "exec sleep 4711");
             let second = run("second", "exec sleep 100000");
-            for (name, value) in sysctls {
-                let file = format!("/proc/sys/{}", name.replace('.', "/"));
-                assert_eq!(
-                    client.shell(&second, &format!("cat {file}")),
-                    value,
-                    "{name}"
-                );
-            }
-            let pid = client.shell(&second, "pidof sleep");
-            assert_eq!(pid.split(' ').count(), 2, "{pid}");
+            let files = sysctls.map(|(name, _)| format!("/proc/sys/{}", name.replace('.', "/")));
+            let values = client.shell(&second, &format!("cat {}", files.join(" ")));
+            assert!(values.lines().eq(sysctls.map(|(_, value)| value)), "{values}");
+            // Neither the agent nor the kernel's threads.
+            let all = "until [ $(pidof sleep | wc -w) = 2 ]; do :; done; \
+                for p in /proc/[0-9]*; do cat $p/comm 2>/dev/null; done; true";
+            let all = client.shell(&second, all);
+            let theirs = ["pod", "sleep", "sh", "cat"];
+            assert_eq!(all.lines().next(), Some("pod"), "{all}");
+            assert!(all.lines().all(|name| theirs.contains(&name)), "{all}");
+            assert_eq!(all.lines().filter(|name| *name == "sleep").count(), 2, "{all}");
             let kill = "for p in $(pidof sleep); do grep -q 4711 /proc/$p/cmdline && kill -9 $p; done; true";
-        client.shell(&second, kill);
+            client.shell(&second, kill);
             assert_eq!(client.exited(&first).exit_code, 137);
             let status = client.status(&second).unwrap();
             assert_eq!(status.state(), ContainerState::ContainerRunning);
         },
     );
+    security::privileged(checks, containerd, &pod);
     pod.removed(checks);
 }
 

@@ -15,6 +15,7 @@
 //! 0xfee0_0000            local APICs (KVM)
 //! 0xfffb_c000            identity map page and TSS that KVM needs on VMX
 //! 0x1_0000_0000          the rest of RAM
+//! behind it              memory that can be plugged, from a multiple of 2 GiB on
 //! ```
 
 use vm_memory::GuestAddress;
@@ -60,6 +61,14 @@ pub const TSS: usize = 0xfffb_d000;
 /// Start of RAM above 4 GiB.
 pub const RAM_ABOVE_4G: u64 = 1 << 32;
 
+/// Linux adds memory in blocks of 128 MiB, and of up to 2 GiB where it booted with 64 GiB or more
+/// (`probe_memory_block_size()`). A part of one at the start or end of a region it leaves alone.
+const MEMORY_BLOCK: u64 = 128 << 20;
+/// See [`MEMORY_BLOCK`].
+const LARGEST_MEMORY_BLOCK: u64 = 2 << 30;
+/// See [`MEMORY_BLOCK`].
+const MUCH_MEMORY: u64 = 64 << 30;
+
 /// Interrupt lines of the IO-APIC for devices. 0 to 4 are the timer, cascade and serial lines.
 pub const FIRST_DEVICE_IRQ: u32 = 5;
 /// One past the last pin of KVM's IO-APIC.
@@ -75,6 +84,22 @@ pub fn ram_ranges(bytes: u64) -> Vec<(GuestAddress, usize)> {
     ranges
 }
 
+/// Where memory begins that can be plugged into a guest of `bytes` bytes.
+pub fn hotplug_start(bytes: u64) -> GuestAddress {
+    let above_4g = bytes.saturating_sub(LOW_RAM_END);
+    GuestAddress(RAM_ABOVE_4G + above_4g.next_multiple_of(LARGEST_MEMORY_BLOCK))
+}
+
+/// How long the region must be for a guest of `bytes` bytes to take `hotplug` bytes more: whole
+/// blocks.
+pub fn hotplug_region(bytes: u64, hotplug: u64) -> u64 {
+    hotplug.next_multiple_of(if bytes < MUCH_MEMORY {
+        MEMORY_BLOCK
+    } else {
+        LARGEST_MEMORY_BLOCK
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -82,6 +107,19 @@ mod tests {
     #[test]
     fn small_guests_have_one_range() {
         assert_eq!(ram_ranges(128 << 20), [(GuestAddress(0), 128 << 20)]);
+    }
+
+    #[test]
+    fn memory_is_plugged_behind_the_rest() {
+        assert_eq!(hotplug_start(128 << 20), GuestAddress(RAM_ABOVE_4G));
+        assert_eq!(hotplug_start(LOW_RAM_END), GuestAddress(RAM_ABOVE_4G));
+        assert_eq!(
+            hotplug_start(LOW_RAM_END + 1),
+            GuestAddress(RAM_ABOVE_4G + (2 << 30))
+        );
+        assert_eq!(hotplug_region(128 << 20, 0), 0);
+        assert_eq!(hotplug_region(128 << 20, 130 << 20), 256 << 20);
+        assert_eq!(hotplug_region(64 << 30, 130 << 20), 2 << 30);
     }
 
     #[test]

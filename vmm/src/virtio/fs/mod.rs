@@ -20,8 +20,9 @@ pub use device::{FsDevice, FsError};
 use caps::Capability;
 
 /// What the server's thread needs besides being user 0, so that it can act for the guest's users:
-/// it creates files as the user that the guest names (set*id), and does all else as itself, since
-/// the guest's kernel has checked the permission.
+/// it creates files as the user that the guest names (set*id), and does all else as itself. In
+/// either case it keeps these capabilities, since the guest's kernel has checked the permission
+/// ([`crate::privileges::keep_across_users`]).
 ///
 /// CAP_DAC_READ_SEARCH is for hard links only (linkat(2) with AT_EMPTY_PATH). It would also open
 /// any file of the host's file system by its handle: the thread's seccomp filter must not allow

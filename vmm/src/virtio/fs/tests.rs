@@ -630,6 +630,7 @@ fn a_reset_forgets_the_drivers_files() {
 #[test]
 fn the_documented_capabilities_do() {
     let mut client = Client::with_thread(|| {
+        crate::privileges::keep_across_users().unwrap();
         let keep = CAPABILITIES.iter().copied().collect();
         for set in [CapSet::Effective, CapSet::Permitted] {
             caps::set(None, set, &keep).unwrap();
@@ -637,8 +638,15 @@ fn the_documented_capabilities_do() {
     });
     fs::set_permissions(&client.share, fs::Permissions::from_mode(0o755)).unwrap();
     client.ids = (1000, 1000);
-    // The share is root's and closed to others: the guest's user may create nothing in it.
-    assert_eq!(client.create("file", libc::O_RDWR), Err(libc::EACCES));
+    // The share is root's and closed to others. That the guest's user may write to it is known to
+    // the guest's kernel, by one of the user's further groups for example.
+    client.create("by-user", libc::O_RDWR).unwrap();
+    client.ok(MKDIR, ROOT, body().u32(0o755).u32(0).name("folder-by-user"));
+    client.ok(SYMLINK, ROOT, body().name("link-by-user").name("target"));
+    for name in ["by-user", "folder-by-user", "link-by-user"] {
+        let metadata = fs::symlink_metadata(client.share.join(name)).unwrap();
+        assert_eq!((metadata.uid(), metadata.gid()), (1000, 1000), "{name}");
+    }
     client.ids = (0, 0);
     let node = u64_at(&client.create("file", libc::O_RDWR).unwrap(), 0);
     let set = |valid: u32, mode: u32| {

@@ -125,7 +125,7 @@ pub fn boot(context: &Context) -> Result<Sample> {
 }
 
 fn command(context: &Context, console: &Path) -> Result<Command> {
-    let words = bulkhead_vmm::command_line::build(context.kvm, 0, false, &[]);
+    let words = bulkhead_vmm::command_line::build(context.kvm, 0, false, false, &[]);
     let words = words.map_err(|error| Error::Unexpected(error.to_string()))?;
     let artifacts = &context.artifacts;
     let root = format!(
