@@ -71,13 +71,15 @@ pub(super) fn translate(
         match namespace.typ() {
             // A namespace that isn't listed is inherited from the runtime (OCI runtime spec,
             // config-linux, "Namespaces"); the agent's own are the pod's.
-            LinuxNamespaceType::Network | LinuxNamespaceType::Ipc => {}
+            LinuxNamespaceType::Network => check_type(n, &path, "net")?,
+            LinuxNamespaceType::Ipc => check_type(n, &path, "ipc")?,
             // The sandbox's or another container's, of which the pid is the VMM's in either case.
             LinuxNamespaceType::Pid if in_pod && is_of_process(&path) => {
                 namespace.set_path(Some(POD_PID_NAMESPACE.into()));
                 kept.push(namespace);
             }
             LinuxNamespaceType::Uts => {
+                check_type(n, &path, "uts")?;
                 joins_pod_uts = true;
                 namespace.set_path(None);
                 kept.push(namespace);
@@ -99,6 +101,24 @@ pub(super) fn translate(
         spec.set_hostname(pod_hostname.map(str::to_owned));
     }
     Ok(())
+}
+
+/// Refuses a path to a namespace of another type (OCI runtime spec, config-linux, "Namespaces"), as
+/// far as the path itself tells: those of /proc are links like `ipc:[4026531839]`.
+fn check_type(n: usize, path: &Path, wanted: &str) -> Result<(), SpecError> {
+    let Ok(target) = std::fs::read_link(path) else {
+        return Ok(());
+    };
+    match target.to_str().and_then(|target| target.split_once(":[")) {
+        Some((found, _)) if found != wanted => Err(unsupported(
+            format!("linux.namespaces[{n}].path"),
+            format!(
+                "{} is a namespace of type {found}, not {wanted}; give the path of one that is",
+                path.display()
+            ),
+        )),
+        _ => Ok(()),
+    }
 }
 
 /// Whether `path` is `/proc/PID/ns/pid`.
