@@ -22,7 +22,8 @@ pub const PAGE_SIZE: usize = 4096;
 /// Guest memory could not be had.
 #[derive(Debug, Error)]
 #[error(
-    "mapping {bytes} bytes of guest memory: {source}; give the sandbox less memory or the host more"
+    "mapping {bytes} bytes of guest memory: {source}; give the sandbox less memory, or less to grow \
+     to, or the host more"
 )]
 pub struct MemoryError {
     /// How much was asked for.

@@ -22,6 +22,10 @@ pub struct Arguments {
     /// Number of boots.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
     runs: u32,
+    /// Memory that can be plugged, in MiB: 0 for a machine without that device, 3968 for one as
+    /// the default configuration has it.
+    #[arg(long, default_value_t = 0)]
+    hotplug_mib: u32,
     /// Longest that one boot may take, in seconds.
     #[arg(long, default_value_t = 300)]
     timeout: u64,
@@ -62,7 +66,7 @@ pub fn measure(artifacts: &Artifacts, arguments: &Arguments) -> Result<()> {
     let mut boots = Vec::new();
     for run in 1..=arguments.runs {
         eprintln!("boot {run} of {}: waiting for the agent", arguments.runs);
-        boots.push(boot(artifacts, tracepoint, timeout)?);
+        boots.push(boot(artifacts, tracepoint, arguments)?);
     }
     let median = median_of(&boots);
     if arguments.json {
@@ -83,16 +87,19 @@ pub fn measure(artifacts: &Artifacts, arguments: &Arguments) -> Result<()> {
 fn boot(
     artifacts: &Artifacts,
     tracepoint: Option<EmulateTracepoint>,
-    timeout: Duration,
+    arguments: &Arguments,
 ) -> Result<Figures> {
-    let spec = VmSpec::default();
+    let spec = VmSpec {
+        hotplug_mib: arguments.hotplug_mib,
+        ..VmSpec::default()
+    };
     // The VMM waits for its configuration: counting begins before it does anything.
     let prepared = spec.prepare(artifacts)?;
     let counter = tracepoint
         .map(|tracepoint| tracepoint.count(prepared.pid()))
         .transpose()?;
     let vm = prepared.run()?;
-    let (ready, at) = vm.wait_ready(timeout)?;
+    let (ready, at) = vm.wait_ready(Duration::from_secs(arguments.timeout))?;
     let counted = counter.map(|counter| counter.read()).transpose()?;
     let Event::Ready {
         userspace_exits, ..
@@ -101,7 +108,9 @@ fn boot(
         return Err(Error::Unexpected(format!("not the ready event: {ready:?}")));
     };
     let vmm_cpu_ms = usage::vmm_cpu_ms(vm.pid())?;
-    let vmm_private_kib = usage::private_kib(vm.pid(), u64::from(spec.memory_mib) << 20)?;
+    // The region for what is plugged lies beside the memory, and the kernel sees one mapping.
+    let guest_mib = u64::from(spec.memory_mib) + u64::from(spec.hotplug_mib).next_multiple_of(128);
+    let vmm_private_kib = usage::private_kib(vm.pid(), guest_mib << 20)?;
     let kvm_kind = match vm.control(&Request::Status {})? {
         Response::Status(status) => status.kvm,
         other => {
