@@ -11,6 +11,7 @@ pub mod footprint;
 pub mod leaks;
 pub mod perf;
 pub mod plot;
+pub mod pod;
 pub mod runner;
 pub mod shim;
 pub mod stats;

@@ -11,6 +11,7 @@ mod pod;
 mod profile;
 mod run;
 mod start;
+mod task;
 mod usage;
 
 use bulkhead_tests::{Artifacts, Result};
@@ -37,6 +38,8 @@ enum Command {
     Density(density::Arguments),
     /// N starts at once: throughput, median and worst.
     Parallel(parallel::Arguments),
+    /// One more container in a running pod: create, start, exec, kill, delete.
+    Task(task::Arguments),
     /// Draws the phases of a start as SVG.
     Plot(plot::Arguments),
     /// Stops itself and, continued, executes a program.
@@ -52,6 +55,7 @@ fn main() -> ExitCode {
         Command::Start(arguments) => alone(|artifacts| start::measure(artifacts, &arguments)),
         Command::Density(arguments) => alone(|artifacts| density::measure(artifacts, &arguments)),
         Command::Parallel(arguments) => alone(|artifacts| parallel::measure(artifacts, &arguments)),
+        Command::Task(arguments) => alone(|artifacts| task::measure(artifacts, &arguments)),
         Command::Plot(arguments) => match plot::draw(&arguments) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => failed(&error),
