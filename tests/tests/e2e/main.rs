@@ -13,6 +13,7 @@ mod limits;
 mod memory;
 mod resources;
 mod shim_refused;
+mod shim_sandbox;
 mod shim_task;
 mod streams;
 mod templates;
@@ -46,6 +47,11 @@ const SCENARIOS: &[Scenario] = &[
         run: cri::current,
     },
     Scenario {
+        name: "cri-sandboxer",
+        needs: Need::PodsOnCurrentContainerd,
+        run: cri::sandboxer::run,
+    },
+    Scenario {
         name: "conformance",
         needs: Need::Guest,
         run: conformance::run,
@@ -69,6 +75,11 @@ const SCENARIOS: &[Scenario] = &[
         name: "shim-task-v2",
         needs: Need::Guest,
         run: shim_task::v2,
+    },
+    Scenario {
+        name: "shim-sandbox",
+        needs: Need::Guest,
+        run: shim_sandbox::run,
     },
     Scenario {
         name: "crash",
