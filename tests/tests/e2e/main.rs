@@ -12,7 +12,9 @@ mod facts;
 mod limits;
 mod memory;
 mod resources;
+mod shim_codes;
 mod shim_refused;
+mod shim_restart;
 mod shim_sandbox;
 mod shim_task;
 mod streams;
@@ -80,6 +82,16 @@ const SCENARIOS: &[Scenario] = &[
         name: "shim-sandbox",
         needs: Need::Guest,
         run: shim_sandbox::run,
+    },
+    Scenario {
+        name: "shim-codes",
+        needs: Need::Guest,
+        run: shim_codes::run,
+    },
+    Scenario {
+        name: "shim-restart",
+        needs: Need::Guest,
+        run: shim_restart::run,
     },
     Scenario {
         name: "crash",
