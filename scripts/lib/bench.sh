@@ -11,6 +11,7 @@ Usage: scripts/dev bench boot [--json] [--profile] [--runs N] [--timeout SECONDS
        scripts/dev bench density N [--json] [--cold] [--settle SECONDS]
        scripts/dev bench parallel N [--json] [--cold] [--timeout SECONDS]
        scripts/dev bench task [--json] [--runs N] [--containers N] [--cold]
+       scripts/dev bench storm [--json] [--execs N] [--at-once N]
        scripts/dev bench plot JSON SVG
 
 boot   From the VMM's start to the agent's ready message, for 1 vCPU and 128 MiB; medians of N runs:
@@ -47,6 +48,8 @@ task   One more container in a pod that runs, and the same with runc; medians of
          shim_private_kib, shim_private_kib_per_container
                              the shim's private memory with one container, and what each of N
                              further ones (8) adds; the output says more.
+storm  N execs in a row (1000) and N at once (50): what shim, VMM and agent hold before and after;
+       fails when a process, thread or descriptor is left.
 plot   Draws the phases of a start, from the JSON of 'start', as SVG.
 
 Where KVM emulates guest kernel mode a cold round of 'start' takes some 40 s. --cold boots where
@@ -85,14 +88,14 @@ cmd_bench() {
         esac
     done
     case ${1:-} in
-        boot | run | start | density | parallel | task) ;;
+        boot | run | start | density | parallel | task | storm) ;;
         plot)
             [ -x "$OUT/bin/bulkhead-bench" ] || ensure_built
             "$OUT/bin/bulkhead-bench" "$@"
             return
             ;;
         *)
-            usage_error "bench measures 'boot', 'run', 'start', 'density', 'parallel' or 'task', or draws a 'plot'; not '${1:-}'" \
+            usage_error "bench measures 'boot', 'run', 'start', 'density', 'parallel', 'task' or 'storm', or draws a 'plot'; not '${1:-}'" \
                 "run 'scripts/dev bench --help'"
             ;;
     esac

@@ -15,6 +15,7 @@ pub mod pod;
 pub mod runner;
 pub mod shim;
 pub mod stats;
+pub mod storm;
 pub mod vm;
 
 /// The containerd namespace of all that the tests start; daemons name cgroups after it.

@@ -16,6 +16,7 @@ mod shim_codes;
 mod shim_refused;
 mod shim_restart;
 mod shim_sandbox;
+mod shim_storm;
 mod shim_task;
 mod streams;
 mod templates;
@@ -92,6 +93,11 @@ const SCENARIOS: &[Scenario] = &[
         name: "shim-restart",
         needs: Need::Guest,
         run: shim_restart::run,
+    },
+    Scenario {
+        name: "shim-storm",
+        needs: Need::Guest,
+        run: shim_storm::run,
     },
     Scenario {
         name: "crash",

@@ -11,6 +11,7 @@ mod pod;
 mod profile;
 mod run;
 mod start;
+mod storm;
 mod task;
 mod usage;
 
@@ -40,6 +41,8 @@ enum Command {
     Parallel(parallel::Arguments),
     /// One more container in a running pod: create, start, exec, kill, delete.
     Task(task::Arguments),
+    /// Execs by the thousand, and what they leave.
+    Storm(storm::Arguments),
     /// Draws the phases of a start as SVG.
     Plot(plot::Arguments),
     /// Stops itself and, continued, executes a program.
@@ -56,6 +59,7 @@ fn main() -> ExitCode {
         Command::Density(arguments) => alone(|artifacts| density::measure(artifacts, &arguments)),
         Command::Parallel(arguments) => alone(|artifacts| parallel::measure(artifacts, &arguments)),
         Command::Task(arguments) => alone(|artifacts| task::measure(artifacts, &arguments)),
+        Command::Storm(arguments) => alone(|artifacts| storm::measure(artifacts, &arguments)),
         Command::Plot(arguments) => match plot::draw(&arguments) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => failed(&error),
