@@ -19,12 +19,13 @@ const NO_STREAMS: [&str; 3] = [""; 3];
 /// How long what a storm has raised may take to settle: idle threads are kept for a while.
 const SETTLE: Duration = Duration::from_secs(90);
 
-/// Printed by a shell in the guest's own process namespace, where the agent is process 1: how many
-/// processes there are, descriptors and KiB of memory of the agent's, and KiB of the kernel's that
-/// it can't give back.
-const LOOK: &str = "set -- /proc/[0-9]*; echo $#; set -- /proc/1/fd/*; echo $#; \
-    while read a b c; do [ $a != RssAnon: ] || echo $b; done </proc/1/status; \
-    while read a b c; do [ $a != SUnreclaim: ] || echo $b; done </proc/meminfo";
+/// Run in the guest's own process namespace, where the agent is process 1: prints the number of its
+/// descriptors, and what [`Inside`] reads. A process may end while it's looked at.
+const LOOK: &str = "set -- /proc/1/fd/*; echo $#; \
+    cat /proc/1/status /proc/meminfo /proc/[0-9]*/stat 2>/dev/null; true";
+
+/// Parent of all threads of the kernel's, which come and go as they like.
+const KTHREADD: u64 = 2;
 
 /// What is held at one moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -33,7 +34,7 @@ pub struct Holdings {
     pub shim: Footprint,
     /// The VMM, on the host; its memory is the guest's too.
     pub vmm: Footprint,
-    /// Processes in the guest, the one that counts them among them.
+    /// Processes in the guest, zombies and those that count them among them, the kernel's left out.
     pub guest_processes: u64,
     /// Open descriptors of the agent.
     pub agent_descriptors: u64,
@@ -192,23 +193,15 @@ impl<'a> Pod<'a> {
         }
         self.run(&id, &process, &out.path())?;
         let text = out.read(Duration::from_secs(60));
-        let numbers: Vec<u64> = text.lines().filter_map(|line| line.parse().ok()).collect();
-        let &[
-            guest_processes,
-            agent_descriptors,
-            agent_kib,
-            guest_kernel_kib,
-        ] = &numbers[..]
-        else {
-            return Err(Error::Unexpected(format!("a look at the agent: {text:?}")));
-        };
+        let inside = Inside::parse(&text)
+            .ok_or_else(|| Error::Unexpected(format!("a look at the agent: {text:?}")))?;
         Ok(Holdings {
             shim: Footprint::of(self.shim_pid)?,
             vmm: Footprint::of(self.vmm_pid)?,
-            guest_processes,
-            agent_descriptors,
-            agent_kib,
-            guest_kernel_kib,
+            guest_processes: inside.processes,
+            agent_descriptors: inside.descriptors,
+            agent_kib: inside.agent_kib,
+            guest_kernel_kib: inside.kernel_kib,
         })
     }
 
@@ -242,6 +235,42 @@ impl<'a> Pod<'a> {
     }
 }
 
+/// What [`LOOK`] has printed.
+#[derive(Debug, PartialEq, Eq)]
+struct Inside {
+    processes: u64,
+    descriptors: u64,
+    agent_kib: u64,
+    kernel_kib: u64,
+}
+
+impl Inside {
+    fn parse(text: &str) -> Option<Self> {
+        let kib = |name: &str| -> Option<u64> {
+            let value = text.lines().find_map(|line| line.strip_prefix(name))?;
+            value.trim().strip_suffix(" kB")?.parse().ok()
+        };
+        Some(Self {
+            processes: text.lines().filter(|line| is_process(line)).count() as u64,
+            descriptors: text.lines().next()?.parse().ok()?,
+            agent_kib: kib("RssAnon:")?,
+            kernel_kib: kib("SUnreclaim:")?,
+        })
+    }
+}
+
+/// Whether a line is proc_pid_stat(5) of something else than a thread of the kernel's: pid, name in
+/// parentheses, state, parent.
+fn is_process(line: &str) -> bool {
+    let parsed = || -> Option<(u64, u64)> {
+        let (pid, _) = line.split_once(" (")?;
+        let (_, rest) = line.rsplit_once(") ")?;
+        let parent = rest.split(' ').nth(1)?;
+        Some((pid.parse().ok()?, parent.parse().ok()?))
+    };
+    parsed().is_some_and(|(pid, parent)| pid != KTHREADD && parent != KTHREADD)
+}
+
 /// As the containers of a pod with `shareProcessNamespace`.
 fn share_processes(spec: &mut Value, pid: u32) {
     let namespaces = spec["linux"]["namespaces"].as_array_mut();
@@ -255,6 +284,21 @@ fn share_processes(spec: &mut Value, pid: u32) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn threads_of_the_kernel_are_no_processes() {
+        let text = "24\nName:\tagent\nRssAnon:\t     452 kB\nSUnreclaim:         3156 kB\n\
+            1 (agent) S 0 1 1 0\n2 (kthreadd) S 0 0 0 0\n9 (kworker/0:1) I 2 0 0 0\n\
+            40 (a) b) Z 1 40 40 0\n";
+        let wanted = Inside {
+            processes: 2,
+            descriptors: 24,
+            agent_kib: 452,
+            kernel_kib: 3156,
+        };
+        assert_eq!(Inside::parse(text), Some(wanted));
+        assert_eq!(Inside::parse("sh: not found"), None);
+    }
 
     #[test]
     fn what_has_grown_is_named() {
