@@ -124,7 +124,7 @@ impl<'a> Pod<'a> {
         };
         let connected: api::ConnectResponse = sandbox.call(VERSION, "Connect", &request)?;
         let mut spec = member_spec(POD, vmm_pid, &["sleep", "1000000"]);
-        share_processes(&mut spec, vmm_pid);
+        share_processes(&mut spec);
         bundles.member.set_spec(&spec)?;
         let member = bundles.member.connect(&sandbox.address)?;
         member.create(VERSION, NO_STREAMS)?;
@@ -271,13 +271,11 @@ fn is_process(line: &str) -> bool {
     parsed().is_some_and(|(pid, parent)| pid != KTHREADD && parent != KTHREADD)
 }
 
-/// As the containers of a pod with `shareProcessNamespace`.
-fn share_processes(spec: &mut Value, pid: u32) {
-    let namespaces = spec["linux"]["namespaces"].as_array_mut();
-    for namespace in namespaces.into_iter().flatten() {
-        if namespace["type"] == "pid" {
-            namespace["path"] = format!("/proc/{pid}/ns/pid").into();
-        }
+/// A namespace that isn't listed is inherited from the runtime (OCI runtime spec, config-linux,
+/// "Namespaces"): the agent's own.
+fn share_processes(spec: &mut Value) {
+    if let Some(namespaces) = spec["linux"]["namespaces"].as_array_mut() {
+        namespaces.retain(|namespace| namespace["type"] != "pid");
     }
 }
 
