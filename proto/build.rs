@@ -1,18 +1,26 @@
-//! Generates the ttrpc client and server of the agent's protocol, with the pure Rust parser (no protoc).
+//! Generates the ttrpc client and server of the agent's protocol, and the messages of CRI's that are
+//! read, with the pure Rust parser (no protoc).
 
 use std::path::Path;
 
 use ttrpc_codegen::{Codegen, Customize, ProtobufCustomize};
 
 fn main() {
-    println!("cargo:rerun-if-changed=agent.proto");
-    if std::env::var_os("CARGO_FEATURE_AGENT").is_none() {
+    generate("AGENT", "agent", &["agent.rs", "agent_ttrpc.rs"]);
+    generate("CRI", "cri", &["cri.rs"]);
+}
+
+/// Generates `files` of `NAME.proto` if the feature is on.
+fn generate(feature: &str, name: &str, files: &[&str]) {
+    let source = format!("{name}.proto");
+    println!("cargo:rerun-if-changed={source}");
+    if std::env::var_os(format!("CARGO_FEATURE_{feature}")).is_none() {
         return;
     }
     let out = std::env::var("OUT_DIR").expect("cargo sets OUT_DIR for build scripts");
     Codegen::new()
         .out_dir(&out)
-        .inputs(["agent.proto"])
+        .inputs([&source])
         .include(".")
         .rust_protobuf()
         .rust_protobuf_customize(ProtobufCustomize::default())
@@ -21,8 +29,8 @@ fn main() {
             ..Default::default()
         })
         .run()
-        .expect("agent.proto compiles");
-    for file in ["agent.rs", "agent_ttrpc.rs"] {
+        .unwrap_or_else(|error| panic!("{source} does not compile: {error}"));
+    for file in files {
         strip_inner_attributes(&Path::new(&out).join(file));
     }
 }

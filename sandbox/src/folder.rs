@@ -5,6 +5,7 @@
 //!   state.json     who runs here: shim, VMM, containers (for `delete` in another process)
 //!   vsock.sock     the guest's vsock ports          control.sock   the VMM's control socket
 //!   vmm.log        the VMM's own log                console.log    at most 1 MiB of the guest's
+//!   pod/           what a pod's containers find in /etc and at /dev/shm (pod_files.rs)
 //!   skeleton/      mount points, made by the host
 //!   shared/        the share's root: the skeleton, bound read-only, with the mounts on top
 //! ```
@@ -107,6 +108,11 @@ impl RuntimeFolder {
 
     pub(crate) fn share(&self) -> PathBuf {
         self.path.join("shared")
+    }
+
+    /// Where the pod's own files are; no part of the share.
+    pub(crate) fn pod(&self) -> PathBuf {
+        self.path.join("pod")
     }
 
     fn skeleton(&self) -> PathBuf {

@@ -33,6 +33,7 @@ mod ops;
 mod owner;
 mod pace;
 pub mod pod;
+mod pod_files;
 mod prepare;
 mod process;
 mod process_ref;

@@ -1,11 +1,16 @@
 //! What the annotations of a container say about the pod it belongs to.
 
 use crate::ids::{IdError, SandboxId};
-use serde_json::{Map, Value};
+use crate::pod_files::PodFile;
+use serde_json::{Map, Value, json};
 use std::collections::HashMap;
+use std::path::PathBuf;
 
 const CRI_TYPE: &str = "io.kubernetes.cri.container-type";
 const CRI_SANDBOX: &str = "io.kubernetes.cri.sandbox-id";
+const CRI_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
+const CRI_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
+const CRI_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
 const CRIO_TYPE: &str = "io.kubernetes.cri-o.ContainerType";
 const CRIO_SANDBOX: &str = "io.kubernetes.cri-o.SandboxID";
 /// The pod's resources in CRI-O's wording: JSON of CRI's LinuxContainerResources. The first name is
@@ -61,6 +66,65 @@ pub struct PodSettings {
     pub hostname: Option<String>,
     /// Its kernel parameters, in the spelling of the OCI spec.
     pub sysctls: HashMap<String, String>,
+    /// What its containers find in /etc and at /dev/shm, if that isn't the daemon's doing.
+    pub files: Vec<PodFile>,
+}
+
+/// A pod's sandbox as the sandbox API describes it: without an OCI spec.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PodSandbox {
+    /// The host name of its containers.
+    pub hostname: Option<String>,
+    /// Its kernel parameters, in the spelling of the OCI spec.
+    pub sysctls: HashMap<String, String>,
+    /// What sizes its VM.
+    pub limits: PodLimits,
+    /// The network namespace of the host that is the pod's; none for the host's own.
+    pub netns: Option<PathBuf>,
+    /// Its resolver.
+    pub dns: Dns,
+}
+
+/// What a pod's resolv.conf is made of; all empty for the host's own.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Dns {
+    /// Addresses.
+    pub servers: Vec<String>,
+    /// Domains to search.
+    pub searches: Vec<String>,
+    /// Options of resolv.conf(5).
+    pub options: Vec<String>,
+}
+
+impl PodSandbox {
+    /// The OCI spec that a daemon would have written for this pod's own container.
+    pub(crate) fn to_spec(&self) -> Value {
+        let mut namespaces = vec![json!({ "type": "ipc" }), json!({ "type": "uts" })];
+        if let Some(path) = &self.netns {
+            namespaces.push(json!({ "type": "network", "path": path }));
+        }
+        let mut annotations = Map::new();
+        annotations.insert(CRI_TYPE.into(), "sandbox".into());
+        let limits = [
+            (CRI_QUOTA, self.limits.cpu_quota.map(|n| n.to_string())),
+            (CRI_PERIOD, self.limits.cpu_period.map(|n| n.to_string())),
+            (CRI_MEMORY, self.limits.memory.map(|n| n.to_string())),
+        ];
+        for (key, value) in limits {
+            annotations.extend(value.map(|value| (key.to_owned(), value.into())));
+        }
+        let mut spec = json!({
+            "ociVersion": "1.0.2",
+            "root": { "path": "rootfs" },
+            "process": { "user": { "uid": 0, "gid": 0 }, "cwd": "/", "args": ["pause"] },
+            "annotations": annotations,
+            "linux": { "namespaces": namespaces, "sysctl": self.sysctls },
+        });
+        if let Some(hostname) = self.hostname.as_deref().filter(|name| !name.is_empty()) {
+            spec["hostname"] = hostname.into();
+        }
+        spec
+    }
 }
 
 /// Limits that the pod has as a whole.
@@ -81,9 +145,9 @@ pub fn limits(annotations: &Annotations) -> PodLimits {
         annotations.get(key)?.trim().parse().ok()
     }
     let found = PodLimits {
-        cpu_quota: number(annotations, "io.kubernetes.cri.sandbox-cpu-quota"),
-        cpu_period: number(annotations, "io.kubernetes.cri.sandbox-cpu-period"),
-        memory: number(annotations, "io.kubernetes.cri.sandbox-memory"),
+        cpu_quota: number(annotations, CRI_QUOTA),
+        cpu_period: number(annotations, CRI_PERIOD),
+        memory: number(annotations, CRI_MEMORY),
     };
     if found != PodLimits::default() {
         return found;

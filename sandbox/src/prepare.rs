@@ -7,7 +7,7 @@ use crate::folder::{Locator, RuntimeFolder};
 use crate::ids::{ContainerId, Namespace, SandboxId};
 use crate::images::Images;
 use crate::mounts::{MountError, mount_rootfs, unmount_tree};
-use crate::pod::{self, PodSettings, Role};
+use crate::pod::{self, PodSandbox, PodSettings, Role};
 use crate::sandbox::CreateContainer;
 use crate::sizing::{host_memory, machine_size};
 use crate::spec::{BundleSpec, GuestSpec};
@@ -22,6 +22,8 @@ pub(crate) struct Prepared {
     pub spec: BundleSpec,
     pub guest: GuestSpec,
     pub stdio: Stdio,
+    /// Of a pod's sandbox that came by the sandbox API.
+    pub pod: Option<PodSandbox>,
     /// How to boot the sandbox's VM if this container is its first.
     pub plan: BootPlan,
 }
@@ -52,7 +54,10 @@ pub(crate) fn prepare(request: &CreateContainer, context: &Context) -> Result<Pr
 
 fn check(request: &CreateContainer, context: &Context) -> Result<Prepared> {
     let config = &request.config;
-    let spec = BundleSpec::load(&request.bundle)?;
+    let spec = match &request.pod {
+        None => BundleSpec::load(&request.bundle)?,
+        Some(pod) => BundleSpec::of_pod(&request.bundle, pod)?,
+    };
     let role = pod::role(&spec.annotations());
     let stdio = Stdio::parse(&request.stdio)?;
     let mut guest = match role {
@@ -94,6 +99,7 @@ fn check(request: &CreateContainer, context: &Context) -> Result<Prepared> {
         spec,
         guest,
         stdio,
+        pod: request.pod.clone(),
         plan,
     })
 }

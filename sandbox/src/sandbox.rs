@@ -5,10 +5,12 @@ use crate::error::{Error, Result};
 use crate::ids::{ContainerId, ExecId, Namespace, ProcessId, SandboxId};
 use crate::mounts::RootfsMount;
 use crate::owner::Owner;
+use crate::pod::PodSandbox;
 use crate::process::{ExitStatus, Reply, Status};
 use bulkhead_proto::agent::StatsResponse;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::SystemTime;
 use tokio::sync::{mpsc, oneshot};
 
 /// Requests that may wait for the owner's attention.
@@ -40,6 +42,9 @@ pub struct CreateContainer {
     pub stdio: StdioPaths,
     /// The configuration, used if this container is the sandbox's first.
     pub config: Arc<Config>,
+    /// For a pod's sandbox that comes by the sandbox API: what stands in for the bundle's spec. No
+    /// notification tells of such a container.
+    pub pod: Option<PodSandbox>,
 }
 
 /// A further process to add to a container.
@@ -80,6 +85,10 @@ pub struct ProcessState {
     pub bundle: PathBuf,
     /// The VMM's pid on the host.
     pub pid: u32,
+    /// When its container was created.
+    pub created_at: SystemTime,
+    /// It isn't a pod's sandbox that came by the sandbox API.
+    pub is_task: bool,
     /// Where it is in its life.
     pub status: Status,
     /// Its standard streams.
@@ -160,6 +169,23 @@ pub enum Notification {
     },
 }
 
+impl Notification {
+    /// The container that it is about.
+    pub fn container(&self) -> &ContainerId {
+        match self {
+            Self::Created { container, .. }
+            | Self::Started { container, .. }
+            | Self::ExecAdded { container, .. }
+            | Self::ExecStarted { container, .. }
+            | Self::Paused { container }
+            | Self::Resumed { container }
+            | Self::OutOfMemory { container }
+            | Self::Deleted { container, .. } => container,
+            Self::Exited { process, .. } => &process.container,
+        }
+    }
+}
+
 pub(crate) enum Command {
     Create(Box<CreateContainer>, Reply<u32>),
     Start(ProcessId, Reply<u32>),
@@ -194,6 +220,8 @@ pub(crate) enum Command {
     Pids(ContainerId, Reply<Vec<GuestProcess>>),
     TaskPid(ContainerId, Reply<Option<u32>>),
     IsEmpty(Reply<bool>),
+    EndPod(ContainerId, Reply<()>),
+    Alive(ContainerId, Reply<()>),
     Stop(Reply<()>),
 }
 
@@ -351,8 +379,8 @@ impl Sandbox {
         .await
     }
 
-    /// What a container uses, as its cgroup in the guest counts it. All zero for a pod's own
-    /// container, which has no processes.
+    /// What a container uses, as its cgroup in the guest counts it. For a pod's own container,
+    /// which has no processes, the sum over the pod's containers.
     ///
     /// # Errors
     /// When there is no such container or its guest is gone.
@@ -384,6 +412,25 @@ impl Sandbox {
     /// Only when the sandbox is shutting down.
     pub async fn is_empty(&self) -> Result<bool> {
         self.ask(Command::IsEmpty).await
+    }
+
+    /// Ends a pod: its VM shuts down, with every process in it, and all that wait for one hear of
+    /// its end. Its containers stay to be deleted. Idempotent.
+    ///
+    /// # Errors
+    /// When `pod` isn't the id of a pod's sandbox here, or it is still being created.
+    pub async fn end_pod(&self, pod: ContainerId) -> Result<()> {
+        self.ask(|reply| Command::EndPod(pod.clone(), reply))
+            .await?;
+        self.wait(ProcessId::init(pod)).await.map(drop)
+    }
+
+    /// Makes sure that the VM of `container` runs.
+    ///
+    /// # Errors
+    /// When there is no such container, or its VM has ended.
+    pub async fn alive(&self, container: ContainerId) -> Result<()> {
+        self.ask(|reply| Command::Alive(container, reply)).await
     }
 
     /// Ends the VM at once with everything in it and removes what was on the host.

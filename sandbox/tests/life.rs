@@ -3,6 +3,8 @@
 mod common;
 #[path = "life/memory.rs"]
 mod memory;
+#[path = "life/pods.rs"]
+mod pods;
 #[path = "life/resources.rs"]
 mod resources;
 #[path = "life/templates.rs"]

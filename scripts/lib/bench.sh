@@ -10,6 +10,8 @@ Usage: scripts/dev bench boot [--json] [--profile] [--runs N] [--timeout SECONDS
        scripts/dev bench start [--json] [--runs N] [--only SUBJECT,...] [--timeout SECONDS]
        scripts/dev bench density N [--json] [--cold] [--settle SECONDS]
        scripts/dev bench parallel N [--json] [--cold] [--timeout SECONDS]
+       scripts/dev bench task [--json] [--runs N] [--containers N] [--cold]
+       scripts/dev bench storm [--json] [--execs N] [--at-once N]
        scripts/dev bench plot JSON SVG
 
 boot   From the VMM's start to the agent's ready message, for 1 vCPU and 128 MiB; medians of N runs:
@@ -38,6 +40,16 @@ density
        descriptors, and what the host's free memory lost.
 parallel
        N starts at once, of Bulkhead and of runc: starts a second, median and worst.
+task   One more container in a pod that runs, and the same with runc; medians of N lives (10):
+         create_ms, start_ms, exec_ms, kill_ms, delete_ms
+         create_to_exec_instructions
+                             guest kernel instructions from Create to the container's first one
+         exec_instructions   the same from Exec to the first instruction of `true`
+         shim_private_kib, shim_private_kib_per_container
+                             the shim's private memory with one container, and what each of N
+                             further ones (8) adds; the output says more.
+storm  N execs in a row (1000) and N at once (50): what shim, VMM and agent hold before and after;
+       fails when a process, thread or descriptor is left.
 plot   Draws the phases of a start, from the JSON of 'start', as SVG.
 
 Where KVM emulates guest kernel mode a cold round of 'start' takes some 40 s. --cold boots where
@@ -52,6 +64,7 @@ Examples:
   scripts/dev bench start --runs 3 --only cold,qemu_microvm
   scripts/dev bench density 100
   scripts/dev bench parallel 8 --json
+  scripts/dev bench task --json
   scripts/dev bench plot start.json docs/bench-start.svg
 HELP
 }
@@ -75,14 +88,14 @@ cmd_bench() {
         esac
     done
     case ${1:-} in
-        boot | run | start | density | parallel) ;;
+        boot | run | start | density | parallel | task | storm) ;;
         plot)
             [ -x "$OUT/bin/bulkhead-bench" ] || ensure_built
             "$OUT/bin/bulkhead-bench" "$@"
             return
             ;;
         *)
-            usage_error "bench measures 'boot', 'run', 'start', 'density' or 'parallel', or draws a 'plot'; not '${1:-}'" \
+            usage_error "bench measures 'boot', 'run', 'start', 'density', 'parallel', 'task' or 'storm', or draws a 'plot'; not '${1:-}'" \
                 "run 'scripts/dev bench --help'"
             ;;
     esac

@@ -5,8 +5,10 @@
 //! command line's id and namespace.
 
 use crate::flags::Flags;
+use crate::options;
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use protobuf::Message;
+use protobuf::well_known_types::any::Any;
 use std::path::PathBuf;
 
 /// Version of the Task API that a daemon which sends parameters is told to use.
@@ -17,6 +19,20 @@ pub fn params(input: &[u8], flags: &Flags) -> Option<BootstrapParams> {
     let params = BootstrapParams::parse_from_bytes(input).ok()?;
     let same = params.instance_id == flags.id && params.namespace == flags.namespace;
     (same && !flags.id.is_empty()).then_some(params)
+}
+
+/// The runtime options in `input`, which is `params` or an older daemon's bare options.
+pub fn runtime_options(input: &[u8], params: Option<&BootstrapParams>) -> Option<Any> {
+    let found = match params {
+        Some(params) => params
+            .extensions
+            .iter()
+            .filter_map(|extension| extension.value.as_ref())
+            .find(|value| options::are_ours(value))
+            .cloned(),
+        None => Any::parse_from_bytes(input).ok(),
+    };
+    found.filter(options::are_ours)
 }
 
 /// Where the daemon wants the socket, if it says so.
@@ -49,8 +65,8 @@ pub fn answer(address: &str, params: Option<&BootstrapParams>) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use containerd_shim_protos::bootstrap_api::Extension;
     use proptest::prelude::*;
-    use protobuf::well_known_types::any::Any;
 
     fn flags() -> Flags {
         Flags {
@@ -99,6 +115,27 @@ mod tests {
         assert!(params(&real().write_to_bytes().unwrap(), &other).is_none());
         assert_eq!(answer("unix:///s", None), b"unix:///s");
         assert!(params(&[], &Flags::default()).is_none());
+    }
+
+    #[test]
+    fn options_are_found_bare_and_among_parameters() {
+        let options = Any {
+            type_url: "runtimeoptions.v1.Options".into(),
+            value: b"\x12\x01x".to_vec(),
+            ..Default::default()
+        };
+        let bare = options.write_to_bytes().unwrap();
+        assert_eq!(runtime_options(&bare, None), Some(options.clone()));
+        let mut params = real();
+        for value in [Any::default(), options.clone()] {
+            params.extensions.push(Extension {
+                value: Some(value).into(),
+                ..Default::default()
+            });
+        }
+        assert_eq!(runtime_options(b"", Some(&params)), Some(options));
+        assert_eq!(runtime_options(b"", Some(&real())), None);
+        assert_eq!(runtime_options(b"junk", None), None);
     }
 
     proptest! {

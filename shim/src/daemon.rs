@@ -1,7 +1,8 @@
-//! The shim that stays: serves the Task API on the socket it was started with until no task is
+//! The shim that stays: serves the Task and the sandbox API on the socket it was started with until no task is
 //! left.
 
 use crate::flags::Flags;
+use crate::sandbox_service::SandboxService;
 use crate::service::TaskService;
 use crate::{logging, publisher};
 use bulkhead_sandbox::Sandbox;
@@ -61,10 +62,12 @@ async fn serve(flags: &Flags, listener: UnixListener) -> Result<(), DaemonError>
     let publisher = tokio::spawn(publisher::publish(address, flags.namespace.clone(), events));
     let sandbox = Sandbox::new(id, namespace, notifications);
     let leave = Arc::new(Notify::new());
-    let service = TaskService::new(sandbox.clone(), leave.clone());
+    let tasks = TaskService::new(sandbox.clone(), leave.clone());
+    let pods = SandboxService::new(flags.id.clone(), sandbox.clone(), leave.clone());
     let mut server = Server::new()
         .add_listener(Listener::try_from(listener)?)
-        .register_service(service.into_services());
+        .register_service(tasks.into_services())
+        .register_service(pods.into_services());
     server.start().await?;
     tracing::info!(sandbox = %flags.id, namespace = %flags.namespace, "serving");
     told_to_leave(&leave).await?;

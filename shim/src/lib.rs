@@ -21,6 +21,7 @@ pub mod logging;
 pub mod metrics;
 pub mod options;
 pub mod publisher;
+pub mod sandbox_service;
 pub mod service;
 pub mod start;
 pub mod status;

@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use bulkhead_sandbox::config::Config;
 use bulkhead_sandbox::ids::{ContainerId, ExecId, ProcessId};
 use bulkhead_sandbox::{
-    CreateContainer, ExecProcess, GuestProcess, RootfsMount, Sandbox, Status, StdioPaths,
+    CreateContainer, Error, ExecProcess, GuestProcess, RootfsMount, Sandbox, Status, StdioPaths,
 };
 use containerd_shim_protos::api::{
     self, CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse,
@@ -119,6 +119,7 @@ fn create_request(request: CreateTaskRequest) -> Result<CreateContainer, Request
             request.terminal,
         ),
         config: Arc::new(config),
+        pod: None,
     })
 }
 
@@ -141,6 +142,11 @@ impl Task for TaskService {
     async fn state(&self, _: &TtrpcContext, request: StateRequest) -> Answer<StateResponse> {
         let id = process(&request.id, &request.exec_id)?;
         let state = self.sandbox.state(id).await.map_err(RequestError::from)?;
+        if !state.is_task {
+            // containerd asks each shim it knows, and lists those that answer as tasks.
+            let error = Error::NotFound(format!("task {}", request.id));
+            return Err(RequestError::from(error).into());
+        }
         let mut answer = StateResponse {
             id: request.id,
             exec_id: request.exec_id,

@@ -6,11 +6,13 @@ use crate::address::{self, Socket};
 use crate::bootstrap;
 use crate::daemon::{EVENTS_ENV, LISTENER_FD};
 use crate::flags::Flags;
+use crate::options;
 use bulkhead_sandbox::fds::ChildFds;
 use bulkhead_sandbox::ids::{ContainerId, IdError, Namespace, SandboxId};
 use bulkhead_sandbox::pod;
 use bulkhead_sandbox::spec::{BundleSpec, SpecError};
 use containerd_shim_protos::bootstrap_api::BootstrapParams;
+use protobuf::well_known_types::any::Any;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
@@ -56,7 +58,13 @@ pub fn run(flags: &Flags) -> Result<Vec<u8>, StartError> {
     let params = bootstrap::params(&input, flags);
     ContainerId::try_from(flags.id.as_str())?;
     Namespace::try_from(flags.namespace.as_str())?;
-    let group = group(&bundle, flags)?;
+    let group = match bundle.join("config.json").exists() {
+        true => group(&bundle, flags)?,
+        false => {
+            leave_options(&bundle, bootstrap::runtime_options(&input, params.as_ref()))?;
+            SandboxId::try_from(flags.id.as_str())?
+        }
+    };
     let dir = bootstrap::socket_dir(params.as_ref());
     let dir = dir.unwrap_or_else(|| PathBuf::from(address::SOCKET_DIR));
     let socket = address::path(&dir, &flags.address, &flags.namespace, group.as_str());
@@ -86,6 +94,15 @@ fn read_input() -> Vec<u8> {
 fn group(bundle: &Path, flags: &Flags) -> Result<SandboxId, StartError> {
     let spec = BundleSpec::load(bundle)?;
     Ok(pod::sandbox_of(&spec.annotations(), &flags.id)?)
+}
+
+/// A bundle without a spec is that of a sandbox (of containerd's sandbox API), whose request to be
+/// created carries no runtime options.
+fn leave_options(bundle: &Path, options: Option<Any>) -> Result<(), StartError> {
+    let Some(options) = options else {
+        return Ok(());
+    };
+    options::leave_in(bundle, &options).map_err(fail("leave options in", bundle.display()))
 }
 
 fn leave_word(bundle: &Path, printed: &str, pid: Option<u32>) -> Result<(), StartError> {

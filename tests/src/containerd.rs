@@ -113,6 +113,7 @@ impl Finished {
 #[derive(Debug)]
 pub struct Containerd {
     child: Child,
+    artifacts: Artifacts,
     folder: TempDir,
     release: Release,
     snapshotter: &'static str,
@@ -139,6 +140,20 @@ impl Containerd {
         release: &Release,
         settings: &str,
     ) -> Result<Self> {
+        Self::start_with_sandboxer(artifacts, release, settings, "podsandbox")
+    }
+
+    /// The same, with the pods' sandboxes driven by `sandboxer`: `shim` for the sandbox API, which
+    /// takes a 2.x.
+    ///
+    /// # Errors
+    /// When it doesn't answer within a minute.
+    pub fn start_with_sandboxer(
+        artifacts: &Artifacts,
+        release: &Release,
+        settings: &str,
+        sandboxer: &str,
+    ) -> Result<Self> {
         let series = if release.version()?.trim_start_matches('v').starts_with("1.") {
             1
         } else {
@@ -149,7 +164,11 @@ impl Containerd {
             + &read_source(&format!("docs/kubernetes/containerd-{series}.toml"))?;
         let template = template
             .replace("@SANDBOX_IMAGE@", SANDBOX_IMAGE)
-            .replace("@CNI_PLUGINS@", CNI_PLUGINS);
+            .replace("@CNI_PLUGINS@", CNI_PLUGINS)
+            .replace(
+                "sandboxer = \"podsandbox\"",
+                &format!("sandboxer = {sandboxer:?}"),
+            );
         Self::start_with(artifacts, release, settings, &template, CRI_NAMESPACE)
     }
 
@@ -174,19 +193,9 @@ impl Containerd {
             &at.join("bulkhead.toml"),
             &shim_config(artifacts, &at.join("run"), settings),
         )?;
-        let log = File::create(at.join("containerd.log")).context(|| "create a log".into())?;
-        let child = Command::new(release.programs.join("containerd"))
-            .args(["--log-level", "debug", "--config"])
-            .arg(at.join("config.toml"))
-            .env("PATH", search_path(artifacts))
-            .env("BULKHEAD_CONFIG", at.join("bulkhead.toml"))
-            .stdin(Stdio::null())
-            .stdout(log.try_clone().context(|| "share a log".into())?)
-            .stderr(log)
-            .spawn()
-            .context(|| "start containerd".into())?;
         let mut started = Self {
-            child,
+            child: spawn(at, artifacts, release)?,
+            artifacts: artifacts.clone(),
             folder,
             release: release.clone(),
             snapshotter,
@@ -194,6 +203,33 @@ impl Containerd {
         };
         started.wait_until_it_answers()?;
         Ok(started)
+    }
+
+    /// Ends the daemon at once, as a crash would; shims and what they run are left as they are.
+    ///
+    /// # Errors
+    /// When it can't be waited for.
+    pub fn crash(&mut self) -> Result<()> {
+        let _ = self.child.kill();
+        let ended = self.child.wait();
+        ended
+            .context(|| "wait for containerd's end".into())
+            .map(drop)
+    }
+
+    /// Starts it again after [`Containerd::crash`], with the same folder.
+    ///
+    /// # Errors
+    /// When it doesn't answer within a minute.
+    pub fn start_again(&mut self) -> Result<()> {
+        self.child = spawn(self.folder.path(), &self.artifacts, &self.release)?;
+        self.wait_until_it_answers()
+    }
+
+    /// Its whole log.
+    pub fn log(&self) -> String {
+        let log = std::fs::read(self.folder.path().join("containerd.log")).unwrap_or_default();
+        String::from_utf8_lossy(&log).into_owned()
     }
 
     fn wait_until_it_answers(&mut self) -> Result<()> {
@@ -352,8 +388,7 @@ impl Containerd {
 
     /// The last lines of its log.
     pub fn log_tail(&self, lines: usize) -> String {
-        let log = std::fs::read(self.folder.path().join("containerd.log")).unwrap_or_default();
-        let log = String::from_utf8_lossy(&log).into_owned();
+        let log = self.log();
         let lines: Vec<&str> = log.lines().rev().take(lines).collect();
         lines.into_iter().rev().collect::<Vec<_>>().join("\n")
     }
@@ -371,6 +406,26 @@ impl Drop for Containerd {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Starts the daemon whose configuration is in `folder`; its log there grows.
+fn spawn(folder: &Path, artifacts: &Artifacts, release: &Release) -> Result<Child> {
+    let mut log = File::options();
+    let log = log
+        .create(true)
+        .append(true)
+        .open(folder.join("containerd.log"))
+        .context(|| "open a log".into())?;
+    Command::new(release.programs.join("containerd"))
+        .args(["--log-level", "debug", "--config"])
+        .arg(folder.join("config.toml"))
+        .env("PATH", search_path(artifacts))
+        .env("BULKHEAD_CONFIG", folder.join("bulkhead.toml"))
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().context(|| "share a log".into())?)
+        .stderr(log)
+        .spawn()
+        .context(|| "start containerd".into())
 }
 
 /// The shim's configuration for what was built, with `settings` at its end.

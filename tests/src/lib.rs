@@ -11,9 +11,11 @@ pub mod footprint;
 pub mod leaks;
 pub mod perf;
 pub mod plot;
+pub mod pod;
 pub mod runner;
 pub mod shim;
 pub mod stats;
+pub mod storm;
 pub mod vm;
 
 /// The containerd namespace of all that the tests start; daemons name cgroups after it.

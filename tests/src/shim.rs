@@ -209,9 +209,30 @@ impl Shim<'_> {
         method: &str,
         request: &impl Message,
     ) -> Result<Response> {
+        self.call_service(version.service(), method, request)
+    }
+
+    /// Makes one call of the sandbox API.
+    ///
+    /// # Errors
+    /// As [`Shim::call`].
+    pub fn sandbox<Response: Message>(
+        &self,
+        method: &str,
+        request: &impl Message,
+    ) -> Result<Response> {
+        self.call_service("containerd.runtime.sandbox.v1.Sandbox", method, request)
+    }
+
+    fn call_service<Response: Message>(
+        &self,
+        service: &str,
+        method: &str,
+        request: &impl Message,
+    ) -> Result<Response> {
         let payload = request.write_to_bytes();
         let mut call = ttrpc::Request::new();
-        call.service = version.service().to_owned();
+        call.service = service.to_owned();
         call.method = method.to_owned();
         call.timeout_nano = Duration::from_secs(180).as_nanos() as i64;
         call.payload = payload.map_err(|error| Error::Unexpected(error.to_string()))?;

@@ -146,6 +146,14 @@ fn bind_into_share_with(
     finish().inspect_err(|_| unmount_logged(target))
 }
 
+/// Mounts a tmpfs for the POSIX shared memory of a pod: of the size that daemons give it.
+pub(crate) fn mount_shm(target: &Path) -> Result<(), MountError> {
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    let options = Some("mode=1777,size=65536k");
+    mount(Some("shm"), target, Some("tmpfs"), flags, options)
+        .map_err(|errno| failed("mount", target, None, errno))
+}
+
 /// Makes the mount points of a container in the skeleton.
 pub(crate) fn make_mount_points(folder: &Path, binds: &[Bind]) -> io::Result<()> {
     let mounts = folder.join("mounts");

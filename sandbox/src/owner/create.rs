@@ -10,12 +10,14 @@ use crate::hotplug::Hotplug;
 use crate::ids::{ContainerId, ProcessId};
 use crate::ops;
 use crate::pod::Role;
+use crate::pod_files;
 use crate::prepare::{self, Prepared};
 use crate::process::{ExitStatus, Phase, Process, Reply};
 use crate::sandbox::{CreateContainer, Notification};
 use crate::stdio::{Copies, Progress};
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 impl Owner {
     pub(super) fn create(&mut self, request: CreateContainer, reply: Reply<u32>) {
@@ -35,9 +37,11 @@ impl Owner {
             create_reply: Some(reply),
             held_exit: None,
             pid: 0,
+            created_at: SystemTime::now(),
             paused: false,
             memory_limit: 0,
             raising: 0,
+            by_sandbox_api: request.pod.is_some(),
         };
         self.containers.insert(id.clone(), container);
         let context = prepare::Context {
@@ -114,6 +118,7 @@ impl Owner {
             plan,
             state,
             hotplug,
+            told_to_end: false,
         });
         self.spawn(async move {
             Done::VmEnded {
@@ -143,7 +148,16 @@ impl Owner {
         self.save_state();
         if prepared.role == Role::PodSandbox {
             self.pod = prepared.spec.pod_settings();
-            return self.created(id, Ok(None));
+            let Some(pod) = prepared.pod.clone() else {
+                return self.created(id, Ok(None));
+            };
+            let folder = prepared.plan.folder.clone();
+            self.pod.files = pod_files::list(&folder);
+            return self.spawn(async move {
+                let made = ops::blocking(move || pod_files::make(&folder, &pod)).await;
+                let result = made.map(|()| None);
+                Done::Created { id, result }
+            });
         }
         let resources = prepared.guest.spec.linux().as_ref();
         let resources = resources.and_then(|linux| linux.resources().as_ref());
@@ -179,6 +193,7 @@ impl Owner {
         container.init.attach(copies);
         container.init.phase = Phase::Created;
         container.pid = pid;
+        container.created_at = SystemTime::now();
         let reply = container.create_reply.take();
         let notification = Notification::Created {
             container: id.clone(),

@@ -15,6 +15,7 @@
 
 mod create;
 mod memory;
+mod pod;
 mod remove;
 mod resources;
 mod run;
@@ -37,6 +38,7 @@ use crate::vmm::VmEnd;
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::SystemTime;
 use tokio::sync::mpsc;
 
 /// The sandbox's VM.
@@ -59,6 +61,8 @@ struct Running {
     state: StateFile,
     /// None if the VM can't grow.
     hotplug: Option<Hotplug>,
+    /// So its end is no surprise.
+    told_to_end: bool,
 }
 
 /// A container that this sandbox knows.
@@ -74,8 +78,12 @@ struct Container {
     held_exit: Option<ExitStatus>,
     /// The VMM's pid, once there is one.
     pid: u32,
+    /// When that was.
+    created_at: SystemTime,
     /// Its processes stand still.
     paused: bool,
+    /// A pod's sandbox that came by the sandbox API: no task to the daemon.
+    by_sandbox_api: bool,
     /// Its memory limit in bytes, as far as the VM was sized for it; 0 for none.
     memory_limit: u64,
     /// A higher one that is being set; 0 for none.
@@ -261,6 +269,11 @@ impl Owner {
                 let container = self.containers.get(&id);
                 drop(reply.send(Ok(container.map(|container| container.pid))));
             }
+            Command::EndPod(id, reply) => self.end_pod(&id, reply),
+            Command::Alive(id, reply) => {
+                let alive = self.container(&id).map(drop).and_then(|()| self.guest());
+                drop(reply.send(alive.map(drop)));
+            }
             Command::IsEmpty(reply) => drop(reply.send(Ok(self.containers.is_empty()))),
             Command::Stop(reply) => self.stop(reply),
         }
@@ -304,6 +317,10 @@ impl Owner {
     }
 
     fn notify(&self, notification: Notification) {
+        let container = self.containers.get(notification.container());
+        if container.is_some_and(|container| container.by_sandbox_api) {
+            return;
+        }
         let _ = self.notifications.send(notification);
     }
 
@@ -357,6 +374,8 @@ impl Owner {
         Ok(ProcessState {
             bundle: container.bundle.clone(),
             pid: container.pid,
+            created_at: container.created_at,
+            is_task: !container.by_sandbox_api,
             status,
             stdio,
         })

@@ -210,12 +210,17 @@ impl Owner {
 
     /// The VM ended by itself: every process in it is gone. Execs are told before their inits.
     pub(super) fn vm_ended(&mut self, vmm: ProcessRef, end: &VmEnd) {
-        let plan = match &self.vm {
-            Vm::Up(running) if running.guest.vmm.process == vmm => running.plan.clone(),
-            // An earlier VM, or one that was asked to.
+        let (plan, told) = match &self.vm {
+            Vm::Up(running) if running.guest.vmm.process == vmm => {
+                (running.plan.clone(), running.told_to_end)
+            }
+            // An earlier VM, or one that was stopped for good.
             _ => return,
         };
-        tracing::error!(sandbox = %self.id, %end, "the virtual machine has ended");
+        match told {
+            true => tracing::info!(sandbox = %self.id, %end, "the virtual machine was shut down"),
+            false => tracing::error!(sandbox = %self.id, %end, "the virtual machine has ended"),
+        }
         self.vm = Vm::Dead {
             plan,
             end: end.clone(),

@@ -1,6 +1,7 @@
 //! What a container may use and does use: limits, counters, processes, and standing still.
 
 use super::memory::Update;
+use super::pod::MAX_ENTRIES;
 use super::{Done, Owner, wrong_state};
 use crate::error::{Error, Result};
 use crate::guest::Guest;
@@ -11,9 +12,6 @@ use bulkhead_proto::agent::StatsResponse;
 use oci_spec::runtime::LinuxResources;
 use std::collections::HashMap;
 use std::sync::Arc;
-
-/// Most entries of a list that is passed on from the guest, which may make up any number.
-const MAX_ENTRIES: usize = 1024;
 
 /// Most processes that are listed.
 const MAX_PIDS: usize = 65_536;
@@ -125,7 +123,7 @@ impl Owner {
             Err(error) => return drop(reply.send(Err(error))),
         };
         if self.is_pod_sandbox(&id) {
-            return drop(reply.send(Ok(Box::default())));
+            return self.pod_stats(guest, reply);
         }
         tokio::spawn(async move {
             let stats = guest.stats(&id).await.map(|mut stats| {

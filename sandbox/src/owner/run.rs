@@ -121,11 +121,12 @@ impl Owner {
             let problem = format!("{init} is its pod's sandbox and has no processes");
             return Err(Error::Invalid(problem));
         }
-        self.guest()?;
         let container = self.container(&request.container)?;
         if container.init.phase != Phase::Running {
             return Err(wrong_state("exec in", &init, container.init.phase));
         }
+        self.guest()?;
+        let container = self.container(&request.container)?;
         if container.paused {
             return Err(super::resources::paused("exec in", &init));
         }

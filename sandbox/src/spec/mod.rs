@@ -19,7 +19,8 @@ pub use namespaces::HostNetns;
 
 use crate::Kind;
 use crate::ids::ContainerId;
-use crate::pod::{self, Annotations, PodLimits, PodSettings, Role};
+use crate::pod::{self, Annotations, PodLimits, PodSandbox, PodSettings, Role};
+use crate::pod_files;
 use bulkhead_proto::guest::SHARE_MOUNT;
 use oci_spec::runtime::{Hooks, Linux, LinuxResources, Process, Spec};
 use std::io;
@@ -148,6 +149,21 @@ impl BundleSpec {
         Ok(this)
     }
 
+    /// The spec of a pod's sandbox that comes without one.
+    ///
+    /// # Errors
+    /// When a value of the pod's has no place in an OCI spec.
+    pub fn of_pod(bundle: &Path, pod: &PodSandbox) -> Result<Self, SpecError> {
+        let text = pod.to_spec().to_string();
+        let spec = parse("the pod's configuration", text.as_bytes())?;
+        let this = Self {
+            spec,
+            bundle: bundle.to_owned(),
+        };
+        this.check()?;
+        Ok(this)
+    }
+
     fn check(&self) -> Result<(), SpecError> {
         let version = self.spec.version();
         if !version.starts_with("1.") {
@@ -239,6 +255,7 @@ impl BundleSpec {
         PodSettings {
             hostname: self.spec.hostname().clone(),
             sysctls: sysctls.unwrap_or_default(),
+            files: Vec::new(),
         }
     }
 
@@ -269,6 +286,7 @@ impl BundleSpec {
             add_sysctls(linux, pod);
         }
         let in_pod = pod::role(&self.annotations()) == Role::PodContainer;
+        pod_files::add(&mut spec, &pod.files, namespaces::joins_ipc(&self.spec));
         namespaces::translate(&mut spec, pod.hostname.as_deref(), in_pod)?;
         let binds = binds::translate(&mut spec, id, &self.bundle)?;
         Ok(GuestSpec { spec, binds })

@@ -45,6 +45,20 @@ pub(super) fn host_netns(spec: &Spec) -> HostNetns {
     }
 }
 
+/// Whether the container shares the pod's IPC: joins a namespace by its path, or has none listed.
+pub(super) fn joins_ipc(spec: &Spec) -> bool {
+    let linux = spec.linux().as_ref();
+    let namespaces = linux.and_then(|linux| linux.namespaces().as_ref());
+    let ipc = namespaces
+        .into_iter()
+        .flatten()
+        .find(|one| one.typ() == LinuxNamespaceType::Ipc);
+    ipc.is_none_or(|ipc| {
+        let path = ipc.path().as_ref();
+        path.is_some_and(|path| !path.as_os_str().is_empty())
+    })
+}
+
 pub(super) fn translate(
     spec: &mut Spec,
     pod_hostname: Option<&str>,

@@ -242,6 +242,7 @@ fn pod() -> PodSettings {
     PodSettings {
         hostname: Some("web-0".into()),
         sysctls: [("net.ipv4.tcp_syncookies".to_owned(), "0".to_owned())].into(),
+        files: Vec::new(),
     }
 }
 

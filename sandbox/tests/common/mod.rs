@@ -111,6 +111,7 @@ impl Pod {
             rootfs: Vec::new(),
             stdio: StdioPaths::default(),
             config: Arc::new(self.config()),
+            pod: None,
         }
     }
 

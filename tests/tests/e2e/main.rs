@@ -12,7 +12,11 @@ mod facts;
 mod limits;
 mod memory;
 mod resources;
+mod shim_codes;
 mod shim_refused;
+mod shim_restart;
+mod shim_sandbox;
+mod shim_storm;
 mod shim_task;
 mod streams;
 mod templates;
@@ -46,6 +50,11 @@ const SCENARIOS: &[Scenario] = &[
         run: cri::current,
     },
     Scenario {
+        name: "cri-sandboxer",
+        needs: Need::PodsOnCurrentContainerd,
+        run: cri::sandboxer::run,
+    },
+    Scenario {
         name: "conformance",
         needs: Need::Guest,
         run: conformance::run,
@@ -69,6 +78,26 @@ const SCENARIOS: &[Scenario] = &[
         name: "shim-task-v2",
         needs: Need::Guest,
         run: shim_task::v2,
+    },
+    Scenario {
+        name: "shim-sandbox",
+        needs: Need::Guest,
+        run: shim_sandbox::run,
+    },
+    Scenario {
+        name: "shim-codes",
+        needs: Need::Guest,
+        run: shim_codes::run,
+    },
+    Scenario {
+        name: "shim-restart",
+        needs: Need::Guest,
+        run: shim_restart::run,
+    },
+    Scenario {
+        name: "shim-storm",
+        needs: Need::Guest,
+        run: shim_storm::run,
     },
     Scenario {
         name: "crash",

@@ -11,6 +11,8 @@ mod pod;
 mod profile;
 mod run;
 mod start;
+mod storm;
+mod task;
 mod usage;
 
 use bulkhead_tests::{Artifacts, Result};
@@ -37,6 +39,10 @@ enum Command {
     Density(density::Arguments),
     /// N starts at once: throughput, median and worst.
     Parallel(parallel::Arguments),
+    /// One more container in a running pod: create, start, exec, kill, delete.
+    Task(task::Arguments),
+    /// Execs by the thousand, and what they leave.
+    Storm(storm::Arguments),
     /// Draws the phases of a start as SVG.
     Plot(plot::Arguments),
     /// Stops itself and, continued, executes a program.
@@ -52,6 +58,8 @@ fn main() -> ExitCode {
         Command::Start(arguments) => alone(|artifacts| start::measure(artifacts, &arguments)),
         Command::Density(arguments) => alone(|artifacts| density::measure(artifacts, &arguments)),
         Command::Parallel(arguments) => alone(|artifacts| parallel::measure(artifacts, &arguments)),
+        Command::Task(arguments) => alone(|artifacts| task::measure(artifacts, &arguments)),
+        Command::Storm(arguments) => alone(|artifacts| storm::measure(artifacts, &arguments)),
         Command::Plot(arguments) => match plot::draw(&arguments) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => failed(&error),

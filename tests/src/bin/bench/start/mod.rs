@@ -1,7 +1,7 @@
 //! Starts side by side: a template's clone, a cold boot, QEMU's microvm, runc; interleaved, so that
 //! whatever else the machine does hits all of them alike.
 
-mod marks;
+pub mod marks;
 pub mod qemu;
 mod report;
 pub mod runc;

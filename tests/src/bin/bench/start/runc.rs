@@ -74,7 +74,8 @@ impl Drop for Container<'_> {
     }
 }
 
-fn runc(bundle: &Bundle) -> Command {
+/// `runc` with a state folder of the bundle's own.
+pub fn runc(bundle: &Bundle) -> Command {
     let state: PathBuf = bundle.beside("runc");
     let mut command = Command::new(PROGRAM);
     command.arg("--root").arg(state);
