@@ -5,6 +5,7 @@ use crate::{hold, pod};
 use bulkhead_proto::agent::IdentifyRequest;
 use bulkhead_proto::guest::AGENT_PORT;
 use bulkhead_proto::vmm::Event;
+use bulkhead_sandbox::config::Config;
 use bulkhead_tests::error::{Context as _, Error, Result};
 use bulkhead_tests::figures::{Figure, Sample, ms_between};
 use bulkhead_tests::footprint::Footprint;
@@ -26,10 +27,15 @@ struct Started {
 
 impl Started {
     fn new(context: &Context, template: Option<TemplatePaths>) -> Result<Self> {
+        let plain = VmSpec::default();
         let spec = VmSpec {
             launcher: hold::launcher()?,
             template,
-            ..VmSpec::default()
+            // As a pod of the default configuration has it: a template fits no other machine.
+            hotplug_mib: Config::default()
+                .memory_max_mib
+                .saturating_sub(plain.memory_mib),
+            ..plain
         };
         let prepared = spec.prepare(&context.artifacts)?;
         let pid = prepared.pid();
