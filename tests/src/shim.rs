@@ -110,7 +110,7 @@ impl Bundle {
         command
             .args([
                 "-namespace",
-                crate::NAMESPACE,
+                &crate::namespace(),
                 "-address",
                 "/run/t/no-containerd.sock",
             ])
