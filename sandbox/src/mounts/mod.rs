@@ -2,6 +2,7 @@
 //! it away again.
 
 mod idmap;
+mod layers;
 mod mountinfo;
 mod options;
 mod rootfs;
