@@ -22,6 +22,9 @@ pub const SHARE_TAG: &str = "bulkhead";
 /// Where the agent mounts that share in the guest.
 pub const SHARE_MOUNT: &str = "/run/bulkhead/shared";
 
+/// Folder in the guest of links from serial numbers of disks that were plugged in to their nodes.
+pub const DISKS: &str = "/run/bulkhead/disks";
+
 /// The agent in the guest's root image; PID 1.
 pub const AGENT_PATH: &str = "/sbin/bulkhead-agent";
 

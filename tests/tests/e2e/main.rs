@@ -22,7 +22,9 @@ mod streams;
 mod templates;
 mod terminal;
 mod vm;
+mod vm_container;
 mod vm_hotplug;
+mod vm_slots;
 mod vm_template;
 
 use bulkhead_tests::runner::{self, Need, Scenario};
@@ -153,6 +155,11 @@ const SCENARIOS: &[Scenario] = &[
         name: "vm-hotplug",
         needs: Need::Guest,
         run: vm_hotplug::run,
+    },
+    Scenario {
+        name: "vm-slots",
+        needs: Need::Guest,
+        run: vm_slots::run,
     },
     Scenario {
         name: "vm-template",
