@@ -12,7 +12,7 @@
 
 use super::{SpecError, unsupported};
 use bulkhead_proto::guest::POD_PID_NAMESPACE;
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
 use std::path::{Path, PathBuf};
 
 /// The host network namespace for the VMM process, whose pid the task reports. Daemons wire a
@@ -118,6 +118,7 @@ pub(super) fn translate(
             }
         }
     }
+    check_pair(&kept)?;
     *namespaces = kept;
     if joins_pod_uts && spec.hostname().is_none() {
         spec.set_hostname(pod_hostname.map(str::to_owned));
@@ -154,6 +155,22 @@ fn check_maps(n: usize, has_maps: bool) -> Result<(), SpecError> {
         "a user namespace can be joined only by its ids: repeat them as linux.uidMappings and \
          linux.gidMappings",
     ))
+}
+
+/// The pod's processes are in a namespace of the guest's own users, of which root of another user
+/// namespace can't mount /proc (mount_namespaces(7)).
+fn check_pair(namespaces: &[LinuxNamespace]) -> Result<(), SpecError> {
+    let shares_pids =
+        |one: &LinuxNamespace| one.typ() == LinuxNamespaceType::Pid && one.path().is_some();
+    let own_users = |one: &LinuxNamespace| one.typ() == LinuxNamespaceType::User;
+    if namespaces.iter().any(shares_pids) && namespaces.iter().any(own_users) {
+        return Err(unsupported(
+            "linux.namespaces",
+            "a container with a user namespace cannot share the pod's processes; leave out either \
+             hostUsers: false or shareProcessNamespace: true",
+        ));
+    }
+    Ok(())
 }
 
 /// Whether `path` is `/proc/PID/ns/KIND`.
