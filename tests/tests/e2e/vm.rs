@@ -16,6 +16,8 @@ type Spoil = fn(&mut VmConfig);
 
 const BOOT: Duration = Duration::from_secs(180);
 const SHORT: Duration = Duration::from_secs(20);
+/// A container's whole life may be in one call, on a loaded machine.
+const CALL: Duration = Duration::from_secs(240);
 /// A boot makes 200, with the memory device 249; without gathering writes it would be 110 more.
 const MAX_BOOT_EXITS: u64 = 300;
 
@@ -31,7 +33,7 @@ pub(crate) fn ask<Answer: Message>(
     let mut call = ttrpc::Request::new();
     call.service = "bulkhead.agent.v1.Agent".into();
     call.method = method.into();
-    call.timeout_nano = Duration::from_secs(60).as_nanos() as i64;
+    call.timeout_nano = CALL.as_nanos() as i64;
     call.payload = request
         .write_to_bytes()
         .map_err(|error| error.to_string())?;
