@@ -164,6 +164,25 @@ pub enum Request {
         /// See [`BlockConfig::read_only`].
         read_only: bool,
     },
+    /// Plugs a network card into a spare slot, answered by [`Response::Plugged`]. With it travel
+    /// descriptors of one tap device, one for each pair of queues and at most
+    /// [`MAX_REQUEST_DESCRIPTORS`], opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR (and
+    /// IFF_MULTI_QUEUE if there are several). Header length and offloads are set by the VMM.
+    PlugNet {
+        /// The card's address: a unicast one.
+        mac: [u8; 6],
+        /// Longest packet in bytes, at least 68.
+        mtu: u16,
+        /// Let the guest send frames from other addresses than `mac`; they are dropped otherwise.
+        #[serde(default)]
+        any_sender: bool,
+        /// Limits what the guest gets.
+        #[serde(default)]
+        to_guest: RateLimit,
+        /// Limits what the guest sends.
+        #[serde(default)]
+        from_guest: RateLimit,
+    },
     /// Takes the device out of a spare slot, which is free then. A guest that has not let go of it
     /// (the agent's DetachDevice) finds a dead device: no request to it is ever answered.
     Unplug {
@@ -213,14 +232,49 @@ pub struct PluggedSlot {
     pub irq: u32,
 }
 
+/// Limits of what passes a network card in one direction; 0 is no limit. A tenth of a second's worth
+/// may come at once, and 64 KiB in any case. What is beyond waits, in the tap or in the guest's queue.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RateLimit {
+    /// Bytes a second, link-layer headers included.
+    #[serde(default)]
+    pub bytes_per_second: u64,
+    /// Frames a second. One whose segmentation is left to the other side counts as one.
+    #[serde(default)]
+    pub frames_per_second: u64,
+}
+
+/// What has passed a network card since it was plugged in. Lengths include the 12 bytes of
+/// virtio's header.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetCounters {
+    /// Frames that the guest got.
+    pub received_frames: u64,
+    /// Their bytes.
+    pub received_bytes: u64,
+    /// Frames that the guest sent.
+    pub sent_frames: u64,
+    /// Their bytes.
+    pub sent_bytes: u64,
+    /// Frames of either direction that were dropped: too long for the guest's buffers, too short to
+    /// be one, or refused by the tap.
+    pub lost_frames: u64,
+    /// Frames of the guest's that were dropped as they came from another address than the card's.
+    pub spoofed_frames: u64,
+}
+
 /// A device in a spare slot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PluggedDevice {
     /// See [`PluggedSlot::slot`].
     pub slot: u32,
-    /// Its type's name, as in [`Status::devices`].
+    /// Its type's name, as in [`Status::devices`], or `net`.
     pub device: String,
+    /// Of a network card.
+    pub net: Option<NetCounters>,
 }
 
 /// How the VM is doing.

@@ -17,6 +17,7 @@ pub mod runner;
 pub mod shim;
 pub mod stats;
 pub mod storm;
+pub mod tap;
 pub mod vm;
 
 /// The containerd namespace of what this scenario starts: daemons name cgroups after it, and the

@@ -30,7 +30,9 @@ pub enum Need {
     Host,
     /// A KVM on which a guest runs.
     Guest,
-    /// That, and a current containerd beside Debian's.
+    /// A guest, and tap devices for its network cards.
+    Taps,
+    /// A guest, and a current containerd beside Debian's.
     CurrentContainerd,
     /// A guest, and what makes networks for pods.
     Pods,

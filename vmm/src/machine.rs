@@ -23,6 +23,7 @@ use crate::snapshot::{HostKvm, SaveError, Saving, Shape};
 use crate::spares::{SpareError, Spares};
 use crate::vcpu::{VcpuEnd, Vcpus};
 use crate::virtio::console::ConsoleLog;
+use crate::virtio::net::NetConfig;
 
 /// What Linux writes to its console when it gives up.
 const PANIC_LINE: &str = "Kernel panic - not syncing";
@@ -120,6 +121,22 @@ impl Machine {
             Request::SetHotplug { mib } => done(self.devices.set_hotplug(mib)),
             Request::PlugBlock { serial, read_only } => {
                 plugged(self.spares.plug_block(&serial, read_only, descriptors))
+            }
+            Request::PlugNet {
+                mac,
+                mtu,
+                any_sender,
+                to_guest,
+                from_guest,
+            } => {
+                let config = NetConfig {
+                    mac,
+                    mtu,
+                    any_sender,
+                    to_guest,
+                    from_guest,
+                };
+                plugged(self.spares.plug_net(config, descriptors))
             }
             Request::Unplug { slot } => done(self.spares.unplug(slot)),
             Request::SaveTemplate {} => match self.save(descriptors) {

@@ -10,6 +10,8 @@ use seccompiler::{
 };
 use thiserror::Error;
 
+use crate::virtio::net::tap_ioctls as tap;
+
 /// The kinds of thread of this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum ThreadKind {
@@ -72,6 +74,7 @@ const MAIN: &[i64] = &[
     libc::SYS_getrandom,
     // Plugging a device.
     libc::SYS_eventfd2,
+    libc::SYS_timerfd_create,
     // Saving a template.
     libc::SYS_fsync,
     libc::SYS_ftruncate,
@@ -98,6 +101,7 @@ const EVENTS: &[i64] = &[
     libc::SYS_sendmsg,
     libc::SYS_sendto,
     libc::SYS_shutdown,
+    libc::SYS_timerfd_settime,
     libc::SYS_writev,
     libc::SYS_lseek,
 ];
@@ -188,6 +192,9 @@ const SAVE: &[u64] = &[
 const PLUG: &[u64] = &[
     0x4020_ae76, // KVM_IRQFD
     0x4040_ae79, // KVM_IOEVENTFD
+    tap::GET_INTERFACE,
+    tap::SET_HEADER_LENGTH,
+    tap::SET_OFFLOAD,
 ];
 /// Plugging memory. Of this process's memory, which is all that it can give to the guest, the
 /// thread that may do it holds none that the guest's own devices don't.
@@ -239,7 +246,14 @@ fn compile(kind: ThreadKind) -> Result<BpfProgram, seccompiler::BackendError> {
         ThreadKind::Vcpu => (VCPU, vec![KVM_RUN, KVM_GET_REGS, KVM_TRANSLATE]),
         ThreadKind::Events => (
             EVENTS,
-            vec![FIONBIO, BLKDISCARD, BLKZEROOUT, KVM_SET_USER_MEMORY_REGION],
+            vec![
+                FIONBIO,
+                BLKDISCARD,
+                BLKZEROOUT,
+                KVM_SET_USER_MEMORY_REGION,
+                tap::SET_OFFLOAD,
+                tap::SET_QUEUE,
+            ],
         ),
         ThreadKind::FileServer => (FILE_SERVER, Vec::new()),
     };

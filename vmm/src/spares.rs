@@ -13,6 +13,7 @@ use crate::bus::Bus;
 use crate::config::{ConfigError, check_serial};
 use crate::event_loop::EventLoopHandle;
 use crate::virtio::block::{Backing, BackingError, BlockDevice};
+use crate::virtio::net::{NetConfig, NetCounters, NetDevice, Tap, TapError};
 use crate::virtio::{DeviceType, VirtioDevice};
 use crate::wiring::{Place, WiringError};
 
@@ -35,6 +36,12 @@ pub enum SpareError {
     /// A block device's backing.
     #[error(transparent)]
     Backing(#[from] BackingError),
+    /// A tap.
+    #[error(transparent)]
+    Tap(#[from] TapError),
+    /// A rate limit's timer.
+    #[error("creating a rate limit's timer: {0}; check the limit on open files (ulimit -n)")]
+    Timer(#[source] std::io::Error),
     /// No slot is left.
     #[error("all spare slots are in use; unplug a device first")]
     Full,
@@ -55,7 +62,13 @@ pub struct Spares {
     memory: GuestMemoryMmap,
     bus: Arc<Bus>,
     events: EventLoopHandle,
-    plugged: BTreeMap<u32, DeviceType>,
+    plugged: BTreeMap<u32, Plugged>,
+}
+
+struct Plugged {
+    device: DeviceType,
+    /// Of a network card.
+    net: Option<Arc<NetCounters>>,
 }
 
 impl Spares {
@@ -84,9 +97,10 @@ impl Spares {
     pub fn plugged(&self) -> Vec<PluggedDevice> {
         self.plugged
             .iter()
-            .map(|(slot, device)| PluggedDevice {
+            .map(|(slot, plugged)| PluggedDevice {
                 slot: *slot,
-                device: device.name().to_owned(),
+                device: plugged.device.name().to_owned(),
+                net: plugged.net.as_ref().map(|counters| counters.read()),
             })
             .collect()
     }
@@ -109,7 +123,32 @@ impl Spares {
         })?;
         let backing = Backing::new(file.into())?;
         let (device, _) = BlockDevice::new(serial, Some(backing), read_only, self.events.clone());
-        self.plug(Box::new(device))
+        self.plug(Box::new(device), None)
+    }
+
+    /// Plugs a network card over the descriptors of a tap device, one for each pair of queues.
+    ///
+    /// # Errors
+    /// [`SpareError`].
+    pub fn plug_net(
+        &mut self,
+        config: NetConfig,
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<PluggedSlot, SpareError> {
+        check_card(&config)?;
+        if descriptors.is_empty() {
+            return Err(SpareError::Descriptors {
+                found: 0,
+                expected: "one of a tap for each pair of queues",
+            });
+        }
+        let taps = descriptors
+            .into_iter()
+            .map(Tap::new)
+            .collect::<Result<_, _>>()?;
+        let (device, counters) =
+            NetDevice::new(config, taps, self.events.clone()).map_err(SpareError::Timer)?;
+        self.plug(Box::new(device), Some(counters))
     }
 
     /// Takes the device out of `slot`. What its driver has begun is not finished.
@@ -127,12 +166,19 @@ impl Spares {
         Ok(())
     }
 
-    fn plug(&mut self, device: Box<dyn VirtioDevice>) -> Result<PluggedSlot, SpareError> {
+    fn plug(
+        &mut self,
+        device: Box<dyn VirtioDevice>,
+        net: Option<Arc<NetCounters>>,
+    ) -> Result<PluggedSlot, SpareError> {
         let place = self.free_place().ok_or(SpareError::Full)?;
-        let kind = device.device_type();
+        let plugged = Plugged {
+            device: device.device_type(),
+            net,
+        };
         let window = place.connect(&self.vm, &self.memory, device)?;
         self.bus.plug(place.slot, window);
-        self.plugged.insert(place.slot, kind);
+        self.plugged.insert(place.slot, plugged);
         Ok(PluggedSlot {
             slot: place.slot,
             address: place.address(),
@@ -154,4 +200,25 @@ impl Spares {
             .filter_map(Place::of_spare)
             .min_by_key(|place| sharing(place.irq))
     }
+}
+
+/// Least MTU of IPv4 (RFC 791), which virtio 1.3 §5.1.4.1 names as the least of a card.
+const MIN_MTU: u16 = 68;
+
+fn check_card(config: &NetConfig) -> Result<(), ConfigError> {
+    let refuse = |key, value: String, allowed: &str| {
+        Err(ConfigError::OutOfRange {
+            key,
+            value,
+            allowed: allowed.into(),
+        })
+    };
+    // IEEE 802: the lowest bit of the first byte is a group's.
+    if config.mac == [0; 6] || config.mac[0] & 1 != 0 {
+        return refuse("mac", format!("{:02x?}", config.mac), "a unicast address");
+    }
+    if config.mtu < MIN_MTU {
+        return refuse("mtu", config.mtu.to_string(), "at least 68");
+    }
+    Ok(())
 }

@@ -35,6 +35,7 @@ pub struct Obstacles {
     guest: Option<String>,
     containerd: Option<String>,
     pods: Option<String>,
+    taps: Option<String>,
 }
 
 impl Obstacles {
@@ -58,6 +59,7 @@ impl Obstacles {
             guest,
             containerd,
             pods: probe_pod_network().err(),
+            taps: probe_taps().err(),
         }
     }
 
@@ -67,6 +69,7 @@ impl Obstacles {
         match needs {
             Need::Host => self.host.clone(),
             Need::Guest => guest(),
+            Need::Taps => guest().or_else(|| self.taps.clone()),
             Need::CurrentContainerd => guest().or_else(|| self.containerd.clone()),
             Need::Pods => guest().or_else(|| self.pods.clone()),
             Need::PodsOnCurrentContainerd => guest()
@@ -74,6 +77,20 @@ impl Obstacles {
                 .or_else(|| self.pods.clone()),
         }
     }
+}
+
+/// Whether there are tap devices.
+fn probe_taps() -> Result<(), String> {
+    let tap = ["--net", "ip", "tuntap", "add", "probe0", "mode", "tap"];
+    let output = Command::new("unshare").args(tap).output();
+    let output = output.map_err(|error| format!("unshare: {error}"))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(format!(
+        "this kernel makes no tap device: {}",
+        String::from_utf8_lossy(&output.stderr).trim()
+    ))
 }
 
 /// Whether pods can get a network here: the CNI plugins, and a kernel with veth pairs.

@@ -24,6 +24,7 @@ mod terminal;
 mod vm;
 mod vm_container;
 mod vm_hotplug;
+mod vm_net;
 mod vm_slots;
 mod vm_template;
 
@@ -155,6 +156,11 @@ const SCENARIOS: &[Scenario] = &[
         name: "vm-hotplug",
         needs: Need::Guest,
         run: vm_hotplug::run,
+    },
+    Scenario {
+        name: "vm-net",
+        needs: Need::Taps,
+        run: vm_net::run,
     },
     Scenario {
         name: "vm-slots",

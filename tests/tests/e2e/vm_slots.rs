@@ -32,7 +32,7 @@ fn slot(plugged: PluggedSlot) -> protobuf::MessageField<Slot> {
     .into()
 }
 
-fn attach(vm: &Vm, plugged: PluggedSlot) -> Result<String, String> {
+pub(crate) fn attach(vm: &Vm, plugged: PluggedSlot) -> Result<String, String> {
     let request = AttachDeviceRequest {
         slot: slot(plugged),
         ..Default::default()
@@ -41,7 +41,7 @@ fn attach(vm: &Vm, plugged: PluggedSlot) -> Result<String, String> {
     Ok(answer.name)
 }
 
-fn detach(vm: &Vm, plugged: PluggedSlot) -> Result<(), String> {
+pub(crate) fn detach(vm: &Vm, plugged: PluggedSlot) -> Result<(), String> {
     let request = DetachDeviceRequest {
         slot: slot(plugged),
         ..Default::default()
@@ -81,7 +81,7 @@ fn refused(response: Response, why: &str) {
     }
 }
 
-fn unplug(vm: &Vm, slot: u32) -> Response {
+pub(crate) fn unplug(vm: &Vm, slot: u32) -> Response {
     vm.control(&Request::Unplug { slot }).unwrap()
 }
 
@@ -174,6 +174,7 @@ fn read_and_written(vm: &Vm) {
     let device = PluggedDevice {
         slot: slot.slot,
         device: "block".into(),
+        net: None,
     };
     assert_eq!(status(vm).plugged, [device]);
     let name = attach(vm, slot).unwrap();

@@ -105,6 +105,23 @@ impl<'m> IoVectors<'m> {
     }
 }
 
+/// writev(2) once: `start`, and then the slices.
+pub fn writev_after(
+    file: &impl AsRawFd,
+    start: &[u8],
+    slices: &[VolatileSlice],
+) -> io::Result<usize> {
+    let mut vectors = IoVectors::new(slices);
+    let first = libc::iovec {
+        iov_base: start.as_ptr().cast_mut().cast(),
+        iov_len: start.len(),
+    };
+    vectors.vectors.insert(0, first);
+    let count = i32::try_from(vectors.vectors.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+    // SAFETY: as in `preadv`, and `start` is borrowed meanwhile; the kernel only reads.
+    result(unsafe { libc::writev(file.as_raw_fd(), vectors.vectors.as_ptr(), count) })
+}
+
 fn result(returned: isize) -> io::Result<usize> {
     usize::try_from(returned).map_err(|_| io::Error::last_os_error())
 }

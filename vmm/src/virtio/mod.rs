@@ -23,6 +23,7 @@ pub mod interrupt;
 mod iovec;
 pub mod mem;
 pub mod mmio;
+pub mod net;
 pub mod queue;
 pub mod rng;
 #[cfg(test)]
@@ -61,6 +62,8 @@ pub enum DeviceType {
     Fs,
     /// Memory that can be plugged and unplugged, §5.15.
     Mem,
+    /// Network card, §5.1.
+    Net,
 }
 
 impl DeviceType {
@@ -75,6 +78,7 @@ impl DeviceType {
             DeviceType::Vsock => ids::VIRTIO_ID_VSOCK,
             DeviceType::Fs => ids::VIRTIO_ID_FS,
             DeviceType::Mem => ids::VIRTIO_ID_MEM,
+            DeviceType::Net => ids::VIRTIO_ID_NET,
         }
     }
 
@@ -88,6 +92,7 @@ impl DeviceType {
             DeviceType::Vsock => "vsock",
             DeviceType::Fs => "fs",
             DeviceType::Mem => "mem",
+            DeviceType::Net => "net",
         }
     }
 }

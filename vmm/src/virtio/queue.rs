@@ -8,9 +8,9 @@ use super::Interrupt;
 use super::buffers::ChainError;
 use serde::{Deserialize, Serialize};
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 /// A descriptor chain in guest memory.
@@ -221,6 +221,8 @@ impl From<virtio_queue::Error> for RingError {
 pub struct Virtqueue {
     ring: Queue,
     kick: EventFd,
+    /// Index of the used ring up to which the driver's wish to be notified was looked at.
+    announced: u16,
 }
 
 impl AsRawFd for Virtqueue {
@@ -233,7 +235,11 @@ impl AsRawFd for Virtqueue {
 impl Virtqueue {
     /// `kick` is non-blocking and registered as the queue's ioeventfd.
     pub fn new(ring: Queue, kick: EventFd) -> Self {
-        Virtqueue { ring, kick }
+        Virtqueue {
+            announced: ring.next_used(),
+            ring,
+            kick,
+        }
     }
 
     /// Where the device has come to.
@@ -285,6 +291,38 @@ impl Virtqueue {
         Ok(self.ring.add_used(mem, head, len)?)
     }
 
+    /// Returns several chains so that the driver sees all of them or none, as those of one frame
+    /// (virtio 1.3 §5.1.6.4).
+    pub fn push_together(
+        &mut self,
+        mem: &GuestMemoryMmap,
+        chains: &[(u16, u32)],
+    ) -> Result<(), RingError> {
+        let Some(((last, last_len), others)) = chains.split_last() else {
+            return Ok(());
+        };
+        let first = self.ring.next_used();
+        let size = self.ring.size();
+        for (index, (head, len)) in others.iter().enumerate() {
+            let place = first.wrapping_add(index as u16) % size;
+            // The used ring (§2.7.8) lies in guest memory, as was checked at activation.
+            let at = self.ring.used_ring() + 4 + 8 * u64::from(place);
+            let element = u64::from(u32::from(*head)) | u64::from(*len) << 32;
+            mem.write_obj(element.to_le(), GuestAddress(at))
+                .map_err(virtio_queue::Error::GuestMemory)?;
+        }
+        if !others.is_empty() {
+            self.ring
+                .set_next_used(first.wrapping_add(others.len() as u16));
+        }
+        self.push(mem, *last, *last_len)
+    }
+
+    /// Descriptors of the ring.
+    pub fn size(&self) -> u16 {
+        self.ring.size()
+    }
+
     /// Asks the driver to notify from now on; true if chains have become available meanwhile.
     pub fn enable_notification(&mut self, mem: &GuestMemoryMmap) -> Result<bool, RingError> {
         if !self.ring.ready() {
@@ -307,10 +345,28 @@ impl Virtqueue {
         mem: &GuestMemoryMmap,
         interrupt: &Interrupt,
     ) -> Result<(), RingError> {
-        if self.ring.ready() && self.ring.needs_notification(mem)? {
+        if !self.ring.ready() {
+            return Ok(());
+        }
+        let (old, new) = (self.announced, self.ring.next_used());
+        self.announced = new;
+        if !self.ring.event_idx_enabled() || self.wanted_between(mem, old, new)? {
             interrupt.used_buffers();
         }
         Ok(())
+    }
+
+    /// Whether the used ring has passed the driver's used_event on its way from `old` to `new`. The
+    /// ring's own `needs_notification` doesn't know of chains that were returned together.
+    fn wanted_between(&self, mem: &GuestMemoryMmap, old: u16, new: u16) -> Result<bool, RingError> {
+        // The used index must be out before the wish is read.
+        fence(Ordering::SeqCst);
+        let at = self.ring.avail_ring() + 4 + 2 * u64::from(self.ring.size());
+        let used_event: u16 = mem
+            .load(GuestAddress(at), Ordering::Relaxed)
+            .map_err(virtio_queue::Error::GuestMemory)?;
+        let used_event = u16::from_le(used_event);
+        Ok(new.wrapping_sub(used_event).wrapping_sub(1) < new.wrapping_sub(old))
     }
 
     /// Serves available chains until there are none, or `budget` chains were served: then the

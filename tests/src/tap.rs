@@ -1,0 +1,40 @@
+//! Tap devices, as a sandbox opens them for a VMM.
+
+use crate::error::{Context, Result};
+use std::fs::File;
+use std::os::fd::AsRawFd;
+
+/// TUNSETIFF (linux/if_tun.h).
+const SET_INTERFACE: u64 = 0x4004_54ca;
+
+/// Makes a tap device of the calling thread's network namespace that goes with its descriptors, one
+/// for each queue.
+///
+/// # Errors
+/// When the kernel refuses it.
+pub fn open(name: &str, queues: usize) -> Result<Vec<File>> {
+    let mut flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    if queues > 1 {
+        flags |= libc::IFF_MULTI_QUEUE;
+    }
+    // SAFETY: all-zero is a valid ifreq.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    request.ifr_ifru.ifru_flags = flags as libc::c_short;
+    (0..queues)
+        .map(|_| {
+            let opened = File::options().read(true).write(true).open("/dev/net/tun");
+            let file = opened.context(|| "open /dev/net/tun".into())?;
+            // SAFETY: reads and writes an ifreq.
+            let result =
+                unsafe { libc::ioctl(file.as_raw_fd(), SET_INTERFACE as _, &raw mut request) };
+            match result {
+                -1 => Err(std::io::Error::last_os_error()),
+                _ => Ok(file),
+            }
+            .context(|| format!("make the tap device {name}"))
+        })
+        .collect()
+}

@@ -1,0 +1,203 @@
+//! Frames to the guest.
+
+use super::super::buffers::{Buffers, Segments};
+use super::super::queue::{RingError, Virtqueue};
+use super::super::worker::WorkerContext;
+use super::device::NetCounters;
+use super::rate::Limiter;
+use super::tap::Tap;
+use super::{BYTES_PER_WAKE_UP, FRAMES_PER_WAKE_UP, HEADER, QUEUE_SIZE};
+use std::collections::VecDeque;
+use std::mem::offset_of;
+use virtio_bindings::virtio_net::virtio_net_hdr_v1;
+use vm_memory::volatile_memory::VolatileSlice;
+
+/// Longest chain; Linux uses 19 descriptors at most.
+const MAX_DESCRIPTORS: usize = 32;
+/// Most slices that one readv(2) takes (IOV_MAX).
+const MAX_SLICES: usize = 1024;
+
+/// A receive queue.
+#[derive(Debug)]
+pub struct Receiver {
+    pub queue: Virtqueue,
+    /// Chains that were taken from the queue and hold no frame yet, oldest first.
+    waiting: VecDeque<Waiting>,
+    /// Room in them, in bytes.
+    room: usize,
+    /// Room that the longest frame may take, header included.
+    needed: usize,
+    /// A frame may take several chains (VIRTIO_NET_F_MRG_RXBUF).
+    mergeable: bool,
+    /// The tap may have a frame.
+    pub readable: bool,
+}
+
+#[derive(Debug)]
+struct Waiting {
+    head: u16,
+    buffer: Segments,
+    len: usize,
+}
+
+/// What became of a try to receive.
+enum Received {
+    /// A frame is in the first chains: so many bytes.
+    Frame(usize),
+    /// A frame was lost, as it has no room.
+    Lost,
+    /// There is none.
+    Nothing,
+}
+
+impl Receiver {
+    /// For frames of up to `needed` bytes, header included.
+    pub fn new(queue: Virtqueue, needed: usize, mergeable: bool) -> Self {
+        Self {
+            queue,
+            waiting: VecDeque::new(),
+            room: 0,
+            needed,
+            mergeable,
+            // The tap says so by an edge, which may have come before anyone watched.
+            readable: true,
+        }
+    }
+
+    /// Moves frames from the tap to the guest until there are none, no chains, or it is the turn of
+    /// others; then the queue's descriptor is signalled.
+    pub fn serve(
+        &mut self,
+        context: &WorkerContext,
+        tap: &Tap,
+        limiter: &mut Limiter,
+        counters: &NetCounters,
+    ) -> Result<(), RingError> {
+        let mut frames_left = FRAMES_PER_WAKE_UP;
+        let mut bytes_left = BYTES_PER_WAKE_UP;
+        let mut pushed = false;
+        while self.readable && self.has_room(context)? {
+            if frames_left == 0 || bytes_left == 0 {
+                self.queue.rearm();
+                break;
+            }
+            if !limiter.allows() {
+                break;
+            }
+            frames_left -= 1;
+            match self.receive(context, tap) {
+                Received::Frame(len) => {
+                    limiter.passed(len);
+                    bytes_left = bytes_left.saturating_sub(len);
+                    counters.received(len);
+                    self.give(context, len)?;
+                    pushed = true;
+                }
+                Received::Lost => counters.lost(),
+                Received::Nothing => self.readable = false,
+            }
+        }
+        if pushed {
+            self.queue.notify(&context.mem, &context.interrupt)?;
+        }
+        Ok(())
+    }
+
+    /// Takes chains until the longest frame has room, or as many as it may use; has the driver tell
+    /// when there are more only if that is not so.
+    fn has_room(&mut self, context: &WorkerContext) -> Result<bool, RingError> {
+        let mem = &context.mem;
+        loop {
+            self.queue.disable_notification(mem)?;
+            while !self.enough() {
+                let Some(chain) = self.queue.pop(mem)? else {
+                    break;
+                };
+                let Buffers { head, writable, .. } = Buffers::collect(chain, mem, MAX_DESCRIPTORS)?;
+                let len = writable.len();
+                self.room += len;
+                self.waiting.push_back(Waiting {
+                    head,
+                    buffer: writable,
+                    len,
+                });
+            }
+            // Whoever has given all that he has may get a frame that fits.
+            if self.enough() || self.waiting.len() >= usize::from(self.queue.size()) {
+                return Ok(true);
+            }
+            if !self.queue.enable_notification(mem)? {
+                return Ok(false);
+            }
+        }
+    }
+
+    fn enough(&self) -> bool {
+        match self.mergeable {
+            true => self.room >= self.needed || self.waiting.len() >= usize::from(QUEUE_SIZE),
+            false => !self.waiting.is_empty(),
+        }
+    }
+
+    fn receive(&self, context: &WorkerContext, tap: &Tap) -> Received {
+        let chains = if self.mergeable {
+            self.waiting.len()
+        } else {
+            1
+        };
+        let slices: Vec<VolatileSlice> = self
+            .waiting
+            .iter()
+            .take(chains)
+            .flat_map(|waiting| waiting.buffer.slices(&context.mem))
+            .take(MAX_SLICES)
+            .collect();
+        let room: usize = slices.iter().map(VolatileSlice::len).sum();
+        match tap.receive(&slices) {
+            Ok(len) if len < HEADER || (len == room && len < self.needed) => Received::Lost,
+            Ok(len) => {
+                let used = self.chains_of(len).len() as u16;
+                write_at(&slices, offset_of!(virtio_net_hdr_v1, num_buffers), used);
+                Received::Frame(len)
+            }
+            // A tap has taken the frame off then; an edge comes with the next one.
+            Err(error) if error.raw_os_error() == Some(libc::EFAULT) => Received::Lost,
+            Err(_) => Received::Nothing,
+        }
+    }
+
+    /// The first chains that a frame of `len` bytes fills, and how far.
+    fn chains_of(&self, mut len: usize) -> Vec<(u16, u32)> {
+        self.waiting
+            .iter()
+            .map_while(|waiting| {
+                let filled = waiting.len.min(len);
+                let first = std::mem::take(&mut len);
+                len = first - filled;
+                (first > 0).then_some((waiting.head, filled as u32))
+            })
+            .collect()
+    }
+
+    fn give(&mut self, context: &WorkerContext, len: usize) -> Result<(), RingError> {
+        let chains = self.chains_of(len);
+        for waiting in self.waiting.drain(..chains.len()) {
+            self.room -= waiting.len;
+        }
+        self.queue.push_together(&context.mem, &chains)
+    }
+}
+
+/// Writes a little-endian number at `offset` of the slices together.
+fn write_at(slices: &[VolatileSlice], mut offset: usize, value: u16) {
+    let mut bytes = value.to_le_bytes().into_iter().peekable();
+    for slice in slices {
+        while offset < slice.len() {
+            let Some(byte) = bytes.next() else { return };
+            // Within the slice, as was just checked.
+            let _ = vm_memory::Bytes::write_obj(slice, byte, offset);
+            offset += 1;
+        }
+        offset -= slice.len();
+    }
+}
