@@ -1,7 +1,8 @@
 //! `bulkhead-agent`: PID 1 of every Bulkhead guest.
 //!
-//! It listens on two vsock ports: on one it serves the `Agent` service of `agent.proto` (ttrpc), on
-//! the other it accepts the byte streams of processes. It runs on a single thread for its whole
+//! It listens on three vsock ports: on one it serves the `Agent` service of `agent.proto` (ttrpc), on
+//! the second it accepts the byte streams of processes, on the third connections to servers on the
+//! guest's loopback. It runs on a single thread for its whole
 //! life: that keeps its memory small, and it makes a plain `clone` safe, since no other thread can
 //! hold a lock at that moment. Every system call and every page it touches before it is ready
 //! delays each container, so whatever can wait does (see [`init`]).
@@ -9,7 +10,8 @@
 //! ```text
 //! bulkhead-agent                                   PID 1 of a guest
 //! bulkhead-agent --listen-unix DIR [--cgroup DIR]  outside a guest, for tests: Unix sockets
-//!                                                  DIR/agent.sock and DIR/stream.sock
+//!                                                  DIR/agent.sock, DIR/stream.sock and
+//!                                                  DIR/forward.sock
 //! ```
 
 // Rust's own start-up asks the kernel for about twenty things that this program doesn't need.
@@ -23,6 +25,7 @@ mod generation;
 mod init;
 mod log;
 mod namespaces;
+mod network;
 mod process;
 mod reaper;
 mod rootfs;

@@ -4,6 +4,7 @@ use crate::container::Containers;
 use crate::error::{Context, Failure, Kind};
 use crate::init::{self, Guest, Surroundings};
 use crate::log;
+use crate::network::{Network, forward};
 use crate::process::Spawner;
 use crate::reaper::Reaper;
 use crate::streams::PendingStreams;
@@ -14,11 +15,11 @@ use bulkhead_proto::agent::{
     DeleteResponse, DetachDeviceRequest, DetachDeviceResponse, ExecRequest, ExecResponse,
     IdentifyRequest, IdentifyResponse, InfoRequest, InfoResponse, PauseRequest, PauseResponse,
     PidsRequest, PidsResponse, PrepareRequest, PrepareResponse, ResizeRequest, ResizeResponse,
-    ResumeRequest, ResumeResponse, ShutdownRequest, ShutdownResponse, SignalRequest,
-    SignalResponse, StartRequest, StartResponse, StatsRequest, StatsResponse, UpdateRequest,
-    UpdateResponse, WaitRequest, WaitResponse, create_agent,
+    ResumeRequest, ResumeResponse, SetNetworkRequest, SetNetworkResponse, ShutdownRequest,
+    ShutdownResponse, SignalRequest, SignalResponse, StartRequest, StartResponse, StatsRequest,
+    StatsResponse, UpdateRequest, UpdateResponse, WaitRequest, WaitResponse, create_agent,
 };
-use bulkhead_proto::guest::{AGENT_PORT, READY_PORT, STREAM_PORT};
+use bulkhead_proto::guest::{AGENT_PORT, FORWARD_PORT, READY_PORT, STREAM_PORT};
 use std::future::Future;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -69,6 +70,14 @@ pub async fn serve(surroundings: Surroundings, doors: Doors, null: OwnedFd) -> R
     }
     init::raise_descriptor_limit(&surroundings)
         .context(|| "raise the agent's limit of descriptors")?;
+    // Nobody connects there before the guest has a network, so it isn't among the doors.
+    let forwards = match &surroundings {
+        Surroundings::Guest => listen_vsock(FORWARD_PORT),
+        Surroundings::Outside { sockets, .. } => listen_unix(&sockets.join("forward.sock")),
+    };
+    let forwards = forwards
+        .and_then(Listener::new)
+        .context(|| "listen for connections to the guest's loopback")?;
     let guest = Arc::new(Guest::new(surroundings));
     if let Err(failure) = guest.prepare() {
         // Tried again by the first Create, which then reports it.
@@ -85,12 +94,17 @@ pub async fn serve(surroundings: Surroundings, doors: Doors, null: OwnedFd) -> R
     let connections = Listener::new(doors.streams).context(|| "accept the host's streams")?;
     let mut server = ttrpc::asynchronous::Server::new()
         .add_listener(ttrpc::asynchronous::transport::Listener::new(requests))
-        .register_service(create_agent(Arc::new(Service { containers, guest })));
+        .register_service(create_agent(Arc::new(Service {
+            containers,
+            guest,
+            network: Network::default(),
+        })));
     server
         .start()
         .await
         .context(|| "serve the host's requests")?;
     tokio::spawn(streams.accept(connections));
+    tokio::spawn(forward::serve(forwards));
     reaper
         .run()
         .await
@@ -101,6 +115,7 @@ pub async fn serve(surroundings: Surroundings, doors: Doors, null: OwnedFd) -> R
 struct Service {
     containers: Containers,
     guest: Arc<Guest>,
+    network: Network,
 }
 
 impl Service {
@@ -306,6 +321,15 @@ impl Agent for Service {
         self.complete(|containers| async move { containers.resume(&request.container_id).await })
             .await?;
         Ok(ResumeResponse::default())
+    }
+
+    async fn set_network(
+        &self,
+        _: &TtrpcContext,
+        request: SetNetworkRequest,
+    ) -> ttrpc::Result<SetNetworkResponse> {
+        self.network.set(&request).map_err(to_status)?;
+        Ok(SetNetworkResponse::default())
     }
 
     async fn shutdown(

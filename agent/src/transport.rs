@@ -64,6 +64,27 @@ impl Endpoint {
         self.try_read_with(buffer.len(), |fd| rustix::io::read(fd, buffer))
     }
 
+    /// Fills `buffer`, and reads nothing beyond it.
+    pub async fn read_exact(&self, buffer: &mut [u8]) -> io::Result<()> {
+        let mut filled = 0;
+        while let Some(rest) = buffer.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+            self.readable().await?;
+            match self.try_read_slice(rest)? {
+                Some(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Some(count) => filled += count,
+                None => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Of a socket whose connecting is under way: waits for how it ends.
+    pub async fn connected(&self) -> io::Result<()> {
+        // Not connected yet isn't writable (connect(2), EINPROGRESS).
+        self.fd.writable().await?.retain_ready();
+        Ok(rustix::net::sockopt::socket_error(self.fd.get_ref())??)
+    }
+
     fn try_read_with(
         &self,
         room: usize,

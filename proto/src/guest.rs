@@ -16,6 +16,14 @@ pub const STREAM_PORT: u32 = 1025;
 /// sign that the guest is ready. The guest can open no conversation with the host.
 pub const READY_PORT: u32 = 1026;
 
+/// vsock port on which the agent takes connections to TCP ports of the guest's loopback; each
+/// begins with the port's number (16 bits, little-endian), is answered by one byte,
+/// [`FORWARD_OPEN`] or another when nobody listens there, and carries the connection's bytes then.
+pub const FORWARD_PORT: u32 = 1027;
+
+/// See [`FORWARD_PORT`].
+pub const FORWARD_OPEN: u8 = 0;
+
 /// Tag of the virtio-fs device that serves the sandbox's shared folder.
 pub const SHARE_TAG: &str = "bulkhead";
 

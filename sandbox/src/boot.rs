@@ -7,6 +7,7 @@ use crate::guest::{AgentError, Guest};
 use crate::host_cgroup::{HostCgroup, HostCgroupError};
 use crate::ids::SandboxId;
 use crate::images::{ImageError, Images};
+use crate::network::RateLimits;
 use crate::pace::{Pace, VMM_SETUP};
 use crate::process_ref::ProcessRef;
 use crate::sizing::MachineSize;
@@ -112,6 +113,8 @@ pub(crate) struct BootPlan {
     pub netns: HostNetns,
     /// Where the VMM runs.
     pub cgroup: HostCgroup,
+    /// Of the guest's network devices.
+    pub rates: RateLimits,
     /// What the guest itself is called; containers set their own.
     pub hostname: Option<String>,
 }
@@ -184,6 +187,10 @@ pub(crate) async fn launch(launch: Launch<'_>) -> Result<Up, BootError> {
     let mut state = StateFile {
         shim,
         vmm: None,
+        netns: match launch.netns {
+            HostNetns::Path(path) => Some(path.clone()),
+            HostNetns::New => None,
+        },
         containers: BTreeMap::new(),
         cgroup: launch
             .cgroup

@@ -4,6 +4,7 @@
 use crate::error::Result;
 use crate::folder::{Locator, RuntimeFolder, StateFile};
 use crate::ids::ContainerId;
+use crate::network;
 use crate::prepare::unmount_rootfs;
 use crate::process_ref::ProcessRef;
 use std::path::Path;
@@ -75,6 +76,9 @@ fn clean_sandbox(
     if let Some(vmm) = state.vmm {
         kill(vmm, folder)?;
     }
+    if let Some(netns) = &state.netns {
+        network::clear(netns)?;
+    }
     folder.remove()?;
     for bundle in state.containers.values() {
         unmount_rootfs(bundle)?;
@@ -143,6 +147,7 @@ mod tests {
             let state = StateFile {
                 shim: shim.map_or(gone, |shim| ProcessRef::of(shim.id()).unwrap()),
                 vmm: Some(ProcessRef::of(vmm.id()).unwrap()),
+                netns: Some(dir.path().join("gone")),
                 containers,
                 cgroup: Some(cgroup),
             };

@@ -1,5 +1,6 @@
 //! The configuration: one TOML file, every key documented on [`Config`], unknown keys refused.
 
+use crate::network::RateLimits;
 use serde::Deserialize;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -56,6 +57,8 @@ pub struct Config {
     /// What all templates together may take on the disk in MiB, 64 to 1048576. Beyond that the
     /// least recently used ones go, though never the one that was just made.
     pub template_limit_mib: u32,
+    /// How fast a pod's network interfaces may be.
+    pub network: RateLimits,
 }
 
 /// How much the guest prints.
@@ -83,6 +86,7 @@ impl Default for Config {
             templates: true,
             template_dir: "/var/lib/bulkhead/templates".into(),
             template_limit_mib: 2048,
+            network: RateLimits::default(),
         }
     }
 }
@@ -255,7 +259,7 @@ mod tests {
         let table: toml::Table = text.parse().unwrap();
         let mut keys: Vec<_> = table.keys().map(String::as_str).collect();
         keys.sort_unstable();
-        let wanted = "console kernel kernel_params memory_max_mib memory_mib rootfs runtime_dir \
+        let wanted = "console kernel kernel_params memory_max_mib memory_mib network rootfs runtime_dir \
                       template_dir template_limit_mib templates vcpus vmm";
         assert_eq!(keys.join(" "), wanted);
     }

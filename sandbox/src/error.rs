@@ -9,6 +9,7 @@ use crate::hotplug::HotplugError;
 use crate::ids::IdError;
 use crate::images::ImageError;
 use crate::mounts::MountError;
+use crate::network::NetworkError;
 use crate::sizing::SizeError;
 use crate::spec::SpecError;
 use crate::stdio::StdioError;
@@ -65,6 +66,9 @@ pub enum Error {
     /// The VM can't have the memory that its containers' limits need.
     #[error(transparent)]
     Hotplug(#[from] HotplugError),
+    /// The pod's network could not be made the guest's.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// The VM ended.
     #[error("the sandbox's virtual machine has ended: {0}")]
     VmEnded(VmEnd),
@@ -140,6 +144,7 @@ impl Error {
             | Error::Boot(_)
             | Error::Folder(_)
             | Error::Mount(_)
+            | Error::Network(_)
             | Error::Hook(_) => Kind::Unknown,
         }
     }

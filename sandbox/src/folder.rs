@@ -82,6 +82,9 @@ pub(crate) struct StateFile {
     pub shim: ProcessRef,
     /// The VMM, once it runs.
     pub vmm: Option<ProcessRef>,
+    /// The pod's network namespace, if it has one that outlives the VMM.
+    #[serde(default)]
+    pub netns: Option<PathBuf>,
     /// The bundles of all containers, by id.
     pub containers: BTreeMap<String, PathBuf>,
     /// Where the VMM runs; none for a VM that is nobody's sandbox.
@@ -474,6 +477,7 @@ mod tests {
             .write_state(&StateFile {
                 shim,
                 vmm: None,
+                netns: None,
                 containers: BTreeMap::new(),
                 cgroup: None,
             })

@@ -11,7 +11,7 @@ use crate::process::ExitStatus;
 use crate::template::identify;
 use crate::vmm::{SharedVmm, VmEnd};
 use bulkhead_proto::agent::{self, AgentClient, Streams};
-use bulkhead_proto::guest::{AGENT_PORT, STREAM_PORT};
+use bulkhead_proto::guest::{AGENT_PORT, FORWARD_OPEN, FORWARD_PORT, STREAM_PORT};
 use bulkhead_proto::vmm::PluggedSlot;
 use std::fs::File;
 use std::io;
@@ -143,7 +143,6 @@ impl Guest {
     }
 
     /// Has the guest take a device into use that was plugged in; its name there.
-    #[expect(dead_code, reason = "network and storage are to use it")]
     pub async fn attach_device(&self, slot: PluggedSlot) -> AgentResult<String> {
         let limit = self.pace.call();
         let request = agent::AttachDeviceRequest {
@@ -156,7 +155,6 @@ impl Guest {
     }
 
     /// Has the guest let go of a device, before it is unplugged.
-    #[expect(dead_code, reason = "network and storage are to use it")]
     pub async fn detach_device(&self, slot: PluggedSlot) -> AgentResult<()> {
         let limit = self.pace.call();
         let request = agent::DetachDeviceRequest {
@@ -181,6 +179,41 @@ impl Guest {
             .await
             .map_err(broken)?;
         Ok(Stream { token, socket })
+    }
+
+    /// Opens a connection to a TCP port of the guest's loopback.
+    pub async fn open_forward(&self, port: u16) -> AgentResult<UnixStream> {
+        let call = "connect to the guest's loopback";
+        let mut socket = dial(&self.vsock, FORWARD_PORT, call, &self.vmm, self.pace).await?;
+        let limit = self.pace.call();
+        let asked = timeout(limit, async {
+            socket.write_all(&port.to_le_bytes()).await?;
+            socket.read_u8().await
+        });
+        match asked.await {
+            Ok(Ok(FORWARD_OPEN)) => Ok(socket),
+            Ok(Ok(_)) => Err(AgentError::Refused {
+                kind: Kind::NotFound,
+                message: format!("nobody listens on port {port} of the guest's loopback"),
+            }),
+            Ok(Err(cause)) => Err(AgentError::Broken {
+                call,
+                cause: cause.to_string(),
+            }),
+            Err(_) => Err(AgentError::TimedOut { call, limit }),
+        }
+    }
+
+    /// Gives the guest its network, or what has changed of it.
+    pub async fn set_network(&self, request: &agent::SetNetworkRequest) -> AgentResult<()> {
+        let limit = self.pace.call();
+        self.call(
+            "set network",
+            limit,
+            self.agent.set_network(within(limit), request),
+        )
+        .await
+        .map(drop)
     }
 
     /// Sets a container up.

@@ -30,6 +30,7 @@ mod hotplug;
 pub mod ids;
 pub mod images;
 mod mounts;
+mod network;
 mod ops;
 mod owner;
 mod pace;
@@ -50,6 +51,7 @@ pub use error::{Error, Kind, Result};
 pub use folder::{Locator, RuntimeFolder};
 pub use hotplug::HotplugError;
 pub use mounts::{MountError, RootfsMount};
+pub use network::{NetworkError, RateLimits};
 pub use process::{ExitStatus, Status};
 pub use sandbox::{
     CreateContainer, Deleted, ExecProcess, GuestProcess, Notification, ProcessState, Sandbox,

@@ -8,6 +8,8 @@ use crate::guest::{AgentError, Guest, streams};
 use crate::hooks::{self, HookState};
 use crate::ids::{ContainerId, Namespace, ProcessId};
 use crate::mounts::{bind_into_share, bind_root_into_share, make_mount_points};
+use crate::network::{NetworkHandle, PodNetwork};
+use crate::pod_files;
 use crate::prepare::{self, Prepared};
 use crate::spec::{BundleSpec, parse_process};
 use crate::stdio::{Copies, Stdio};
@@ -47,6 +49,17 @@ pub(crate) async fn create(
         }
     }
     created
+}
+
+/// Sets up what a pod has before its containers: its network, and the files that are left to us.
+pub(crate) async fn create_pod(network: &NetworkHandle, prepared: &Arc<Prepared>) -> Result<()> {
+    network.settle().await?;
+    let prepared = prepared.clone();
+    blocking(move || match &prepared.pod {
+        Some(pod) => pod_files::make(&prepared.plan.folder, pod),
+        None => Ok(()),
+    })
+    .await
 }
 
 /// Makes the container's root and bind mounts visible in the share.
@@ -160,8 +173,14 @@ fn hook_state(
     HookState::new(id, status, pid, bundle, spec.annotations())
 }
 
-/// Lets a created container run.
-pub(crate) async fn start(guest: Arc<Guest>, prepared: Arc<Prepared>) -> Result<()> {
+/// Lets a created container run, with the network that it was given since its creation: Docker and
+/// `ctr run --cni` wire it in between.
+pub(crate) async fn start(
+    guest: Arc<Guest>,
+    prepared: Arc<Prepared>,
+    network: NetworkHandle,
+) -> Result<()> {
+    network.settle().await?;
     guest.start(&prepared.id).await?;
     let hooks = prepared
         .spec
@@ -326,6 +345,7 @@ pub(crate) async fn remove_container(prepared: Arc<Prepared>, pid: u32) -> Resul
 /// Ends the VM, by the guest's own shutdown or at once, and removes the sandbox's folder.
 pub(crate) async fn stop_vm(
     guest: Option<Arc<Guest>>,
+    network: PodNetwork,
     folder: RuntimeFolder,
     at_once: bool,
 ) -> Result<()> {
@@ -337,6 +357,7 @@ pub(crate) async fn stop_vm(
             guest.shut_down().await;
         }
     }
+    network.ended().await;
     blocking(move || Ok(folder.remove()?)).await
 }
 

@@ -85,8 +85,9 @@ fn check(request: &CreateContainer, context: &Context) -> Result<Prepared> {
         config: config.clone(),
         folder: RuntimeFolder::new(&config.runtime_dir, &context.namespace, &context.sandbox),
         size: size?,
-        netns: spec.host_netns(),
+        netns: spec.host_netns()?,
         cgroup: spec.host_cgroup(&context.namespace, &context.sandbox)?,
+        rates: config.network.lowered_by(&spec.annotations())?,
         hostname: spec.hostname().map(str::to_owned),
     };
     if !context.vm_exists {

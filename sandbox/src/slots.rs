@@ -3,7 +3,7 @@
 
 use crate::control;
 use crate::folder::RuntimeFolder;
-use bulkhead_proto::vmm::{PluggedSlot, Request, Response};
+use bulkhead_proto::vmm::{PluggedSlot, RateLimit, Request, Response};
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
@@ -52,8 +52,36 @@ pub(crate) async fn plug_block(
     plug(folder, request, vec![backing], format!("disk {serial:?}")).await
 }
 
+/// A network card to plug in.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct NetCard {
+    /// Its address, and the only one that its frames may come from.
+    pub mac: [u8; 6],
+    /// Longest packet in bytes.
+    pub mtu: u16,
+    /// Limits what the guest gets.
+    pub to_guest: RateLimit,
+    /// Limits what the guest sends.
+    pub from_guest: RateLimit,
+}
+
+/// Plugs a network card over the queues of a tap device.
+pub(crate) async fn plug_net(
+    folder: &Arc<RuntimeFolder>,
+    card: NetCard,
+    queues: Vec<File>,
+) -> Result<PluggedSlot, SlotError> {
+    let request = Request::PlugNet {
+        mac: card.mac,
+        mtu: card.mtu,
+        any_sender: false,
+        to_guest: card.to_guest,
+        from_guest: card.from_guest,
+    };
+    plug(folder, request, queues, "network card".to_owned()).await
+}
+
 /// Takes the device out of a slot, after the guest has let go of it or for good.
-#[expect(dead_code, reason = "network and storage are to use it")]
 pub(crate) async fn unplug(
     folder: &Arc<RuntimeFolder>,
     slot: PluggedSlot,

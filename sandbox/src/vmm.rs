@@ -239,7 +239,7 @@ fn isolate(command: &mut Command, netns: &HostNetns, dies_with_us: bool) -> io::
                 format!("network namespace {}: {cause}", path.display()),
             )
         })?),
-        HostNetns::New | HostNetns::Host => None,
+        HostNetns::New => None,
     };
     let fresh = *netns == HostNetns::New;
     let parent = nix::unistd::getpid();

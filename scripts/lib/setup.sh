@@ -20,6 +20,7 @@ NEEDED_PACKAGES=(
     "containerd /usr/bin/containerd"
     "containernetworking-plugins /usr/lib/cni/ptp"
     "protobuf-compiler /usr/bin/protoc"
+    "iptables /usr/sbin/iptables /sbin/iptables"
     "iproute2 /usr/sbin/ip /sbin/ip /bin/ip"
     "ca-certificates /etc/ssl/certs/ca-certificates.crt"
 )

@@ -27,13 +27,16 @@ pub const CNI_PLUGINS: &str = "/usr/lib/cni";
 /// containerd's namespace of what its CRI plugin makes.
 const CRI_NAMESPACE: &str = "k8s.io";
 
-/// The network of pods: works offline, and touches the network namespace of containerd only.
-const CNI: &str = r#"{ "cniVersion": "0.4.0", "name": "pods", "plugins": [ {
+/// The network of pods, as a file of the CNI folder and its content: works offline, and touches the network namespace of containerd only.
+const CNI: (&str, &str) = (
+    "10-pods.conflist",
+    r#"{ "cniVersion": "0.4.0", "name": "pods", "plugins": [ {
     "type": "ptp",
     "ipam": { "type": "host-local", "dataDir": "@DIR@/ipam",
               "ranges": [[{ "subnet": "10.88.0.0/24" }]], "routes": [{ "dst": "0.0.0.0/0" }] }
 } ] }
-"#;
+"#,
+);
 
 /// A containerd and ctr that belong together.
 #[derive(Debug, Clone)]
@@ -136,7 +139,14 @@ impl Containerd {
     /// When it doesn't answer within a minute.
     pub fn start(artifacts: &Artifacts, release: &Release, settings: &str) -> Result<Self> {
         let template = read_source("scripts/lib/containerd.toml.in")?;
-        Self::start_with(artifacts, release, settings, &template, crate::namespace())
+        Self::start_with(
+            artifacts,
+            release,
+            settings,
+            &template,
+            crate::namespace(),
+            &[CNI],
+        )
     }
 
     /// Starts one with its CRI plugin on, the runtime's table being the documentation's, and a
@@ -152,6 +162,28 @@ impl Containerd {
         Self::start_with_sandboxer(artifacts, release, settings, "podsandbox")
     }
 
+    /// The same, with these files, names and contents, in the folder of CNI's configurations. In
+    /// them `@DIR@` stands for containerd's own folder. Each is an interface of every pod.
+    ///
+    /// # Errors
+    /// When it doesn't answer within a minute.
+    pub fn start_with_networks(
+        artifacts: &Artifacts,
+        release: &Release,
+        settings: &str,
+        networks: &[(&str, &str)],
+    ) -> Result<Self> {
+        let template = cri_template(release, "podsandbox")?;
+        Self::start_with(
+            artifacts,
+            release,
+            settings,
+            &template,
+            CRI_NAMESPACE.into(),
+            networks,
+        )
+    }
+
     /// The same, with the pods' sandboxes driven by `sandboxer`: `shim` for the sandbox API, which
     /// takes a 2.x.
     ///
@@ -163,23 +195,14 @@ impl Containerd {
         settings: &str,
         sandboxer: &str,
     ) -> Result<Self> {
-        let series = release.series()?;
-        let template = read_source(&format!("scripts/lib/containerd-cri-{series}.toml.in"))?
-            + "\n"
-            + &read_source(&format!("docs/kubernetes/containerd-{series}.toml"))?;
-        let template = template
-            .replace("@SANDBOX_IMAGE@", SANDBOX_IMAGE)
-            .replace("@CNI_PLUGINS@", CNI_PLUGINS)
-            .replace(
-                "sandboxer = \"podsandbox\"",
-                &format!("sandboxer = {sandboxer:?}"),
-            );
+        let template = cri_template(release, sandboxer)?;
         Self::start_with(
             artifacts,
             release,
             settings,
             &template,
             CRI_NAMESPACE.into(),
+            &[CNI],
         )
     }
 
@@ -189,6 +212,7 @@ impl Containerd {
         settings: &str,
         template: &str,
         namespace: String,
+        networks: &[(&str, &str)],
     ) -> Result<Self> {
         let folder = TempDir::with_prefix("bh.").context(|| "make containerd's folder".into())?;
         let at = folder.path();
@@ -198,8 +222,10 @@ impl Containerd {
             .replace("@SNAPSHOTTER@", snapshotter);
         write(&at.join("config.toml"), &text)?;
         std::fs::create_dir(at.join("cni")).context(|| "make a folder for CNI".into())?;
-        let network = CNI.replace("@DIR@", &at.display().to_string());
-        write(&at.join("cni/10-pods.conflist"), &network)?;
+        for (name, network) in networks {
+            let network = network.replace("@DIR@", &at.display().to_string());
+            write(&at.join("cni").join(name), &network)?;
+        }
         write(
             &at.join("bulkhead.toml"),
             &shim_config(artifacts, &at.join("run"), settings),
@@ -417,6 +443,22 @@ impl Drop for Containerd {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// containerd's configuration with its CRI plugin on and the runtime's table, whose pods are driven
+/// by `sandboxer`.
+fn cri_template(release: &Release, sandboxer: &str) -> Result<String> {
+    let series = release.series()?;
+    let template = read_source(&format!("scripts/lib/containerd-cri-{series}.toml.in"))?
+        + "\n"
+        + &read_source(&format!("docs/kubernetes/containerd-{series}.toml"))?;
+    Ok(template
+        .replace("@SANDBOX_IMAGE@", SANDBOX_IMAGE)
+        .replace("@CNI_PLUGINS@", CNI_PLUGINS)
+        .replace(
+            "sandboxer = \"podsandbox\"",
+            &format!("sandboxer = {sandboxer:?}"),
+        ))
 }
 
 /// Starts the daemon whose configuration is in `folder`; its log there grows.

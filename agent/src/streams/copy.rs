@@ -36,6 +36,12 @@ pub async fn copy_output(process: Arc<Endpoint>, host: Option<Endpoint>) {
     }
 }
 
+/// Copies until `from` has come to its end, then ends `to` in this direction.
+pub async fn copy_until_end(from: &Endpoint, to: &Endpoint) -> io::Result<()> {
+    copy(from, to).await?;
+    to.shut_down_write()
+}
+
 async fn copy(from: &Endpoint, to: &Endpoint) -> io::Result<()> {
     loop {
         from.readable().await?;

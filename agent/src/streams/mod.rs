@@ -4,7 +4,7 @@
 mod copy;
 mod pending;
 
-pub use copy::{copy_input, copy_output};
+pub use copy::{copy_input, copy_output, copy_until_end};
 pub use pending::PendingStreams;
 
 use crate::transport::Endpoint;

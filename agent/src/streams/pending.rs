@@ -181,15 +181,7 @@ impl PendingStreams {
 /// The first 8 bytes, little-endian; nothing beyond them is read.
 async fn read_token(endpoint: &Endpoint) -> io::Result<u64> {
     let mut bytes = [0; 8];
-    let mut filled = 0;
-    while let Some(rest) = bytes.get_mut(filled..).filter(|rest| !rest.is_empty()) {
-        endpoint.readable().await?;
-        match endpoint.try_read_slice(rest)? {
-            Some(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Some(count) => filled += count,
-            None => {}
-        }
-    }
+    endpoint.read_exact(&mut bytes).await?;
     match u64::from_le_bytes(bytes) {
         0 => Err(io::ErrorKind::InvalidData.into()),
         token => Ok(token),

@@ -72,7 +72,7 @@ impl Agent {
             .spawn()
             .expect("the agent starts");
         let process = Running(process);
-        for socket in ["agent.sock", "stream.sock"] {
+        for socket in ["agent.sock", "stream.sock", "forward.sock"] {
             wait_for_listener(&folder.path().join(socket)).await;
         }
         let address = format!("unix://{}", folder.path().join("agent.sock").display());

@@ -8,6 +8,7 @@ use crate::folder::StateFile;
 use crate::guest::Guest;
 use crate::hotplug::{Hotplug, MemoryBound};
 use crate::ids::{ContainerId, ProcessId};
+use crate::network::PodNetwork;
 use crate::ops;
 use crate::pod::Role;
 use crate::pod_files;
@@ -119,11 +120,13 @@ impl Owner {
             };
             Hotplug::new(folder, vmm.clone(), guest.pace, limit, bound)
         });
+        let network = PodNetwork::start(guest.clone(), &plan);
         self.vm = Vm::Up(Running {
             guest,
             plan,
             state,
             hotplug,
+            network,
             told_to_end: false,
         });
         self.spawn(async move {
@@ -144,6 +147,7 @@ impl Owner {
     fn create_in_guest(&mut self, id: ContainerId) {
         let Vm::Up(running) = &self.vm else { return };
         let (guest, namespace) = (running.guest.clone(), self.namespace.clone());
+        let network = running.network.handle();
         let Some(prepared) = self
             .containers
             .get(&id)
@@ -154,14 +158,12 @@ impl Owner {
         self.save_state();
         if prepared.role == Role::PodSandbox {
             self.pod = prepared.spec.pod_settings();
-            let Some(pod) = prepared.pod.clone() else {
-                return self.created(id, Ok(None));
-            };
             let folder = prepared.plan.folder.clone();
-            self.pod.files = pod_files::list(&folder);
+            if prepared.pod.is_some() {
+                self.pod.files = pod_files::list(&folder);
+            }
             return self.spawn(async move {
-                let made = ops::blocking(move || pod_files::make(&folder, &pod)).await;
-                let result = made.map(|()| None);
+                let result = ops::create_pod(&network, &prepared).await.map(|()| None);
                 Done::Created { id, result }
             });
         }
@@ -177,7 +179,11 @@ impl Owner {
             if let Some(growth) = growth {
                 growth.best(id.clone()).await;
             }
-            let result = ops::create(guest, prepared, namespace).await.map(Some);
+            let created = async {
+                network.settle().await?;
+                ops::create(guest, prepared, namespace).await.map(Some)
+            };
+            let result = created.await;
             Done::Created { id, result }
         });
     }

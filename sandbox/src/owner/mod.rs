@@ -27,6 +27,7 @@ use crate::guest::Guest;
 use crate::hotplug::Hotplug;
 use crate::ids::{ContainerId, ExecId, Namespace, ProcessId, SandboxId};
 use crate::mounts::RootfsMount;
+use crate::network::{NetworkHandle, PodNetwork};
 use crate::ops::AddedExec;
 use crate::pod::{PodSettings, Role};
 use crate::prepare::Prepared;
@@ -50,6 +51,7 @@ enum Vm {
     Dead {
         plan: BootPlan,
         end: VmEnd,
+        network: PodNetwork,
     },
     Stopping,
 }
@@ -61,6 +63,7 @@ struct Running {
     state: StateFile,
     /// None if the VM can't grow.
     hotplug: Option<Hotplug>,
+    network: PodNetwork,
     /// So its end is no surprise.
     told_to_end: bool,
 }
@@ -347,6 +350,15 @@ impl Owner {
             Vm::Up(running) => Ok(running.guest.clone()),
             Vm::Dead { end, .. } => Err(Error::VmEnded(end.clone())),
             Vm::Absent | Vm::Booting | Vm::Stopping => Err(Error::ShuttingDown),
+        }
+    }
+
+    /// The pod's network, or why there is none.
+    fn network(&self) -> Result<NetworkHandle> {
+        self.guest()?;
+        match &self.vm {
+            Vm::Up(running) => Ok(running.network.handle()),
+            _ => Err(Error::ShuttingDown),
         }
     }
 

@@ -171,9 +171,9 @@ impl Owner {
     }
 
     pub(super) fn stop_vm(&mut self, at_once: bool) {
-        let (guest, plan) = match std::mem::replace(&mut self.vm, Vm::Stopping) {
-            Vm::Up(running) => (Some(running.guest), running.plan),
-            Vm::Dead { plan, .. } => (None, plan),
+        let (guest, network, plan) = match std::mem::replace(&mut self.vm, Vm::Stopping) {
+            Vm::Up(running) => (Some(running.guest), running.network, running.plan),
+            Vm::Dead { plan, network, .. } => (None, network, plan),
             other => {
                 self.vm = other;
                 return;
@@ -181,7 +181,7 @@ impl Owner {
         };
         self.spawn(async move {
             Done::Stopped {
-                result: ops::stop_vm(guest, plan.folder, at_once).await,
+                result: ops::stop_vm(guest, network, plan.folder, at_once).await,
             }
         });
     }
@@ -210,20 +210,23 @@ impl Owner {
 
     /// The VM ended by itself: every process in it is gone. Execs are told before their inits.
     pub(super) fn vm_ended(&mut self, vmm: ProcessRef, end: &VmEnd) {
-        let (plan, told) = match &self.vm {
-            Vm::Up(running) if running.guest.vmm.process == vmm => {
-                (running.plan.clone(), running.told_to_end)
-            }
+        let running = match std::mem::replace(&mut self.vm, Vm::Stopping) {
+            Vm::Up(running) if running.guest.vmm.process == vmm => running,
             // An earlier VM, or one that was stopped for good.
-            _ => return,
+            other => {
+                self.vm = other;
+                return;
+            }
         };
+        let told = running.told_to_end;
         match told {
             true => tracing::info!(sandbox = %self.id, %end, "the virtual machine was shut down"),
             false => tracing::error!(sandbox = %self.id, %end, "the virtual machine has ended"),
         }
         self.vm = Vm::Dead {
-            plan,
+            plan: running.plan,
             end: end.clone(),
+            network: running.network,
         };
         let ids: Vec<ContainerId> = self.containers.keys().cloned().collect();
         // A pod's own container ends last.

@@ -71,9 +71,11 @@ impl Owner {
             process.phase = Phase::Starting;
         }
         let namespace = self.namespace.clone();
+        let network = self.network();
         match found {
             Some(Startable::Init(prepared)) => self.spawn(async move {
-                let result = ops::start(guest, prepared).await;
+                let started = async { ops::start(guest, prepared, network?).await };
+                let result = started.await;
                 Done::Started {
                     id: id.container,
                     result,

@@ -225,7 +225,10 @@ impl BundleSpec {
     }
 
     /// The host network namespace in which the task's pid has to live.
-    pub fn host_netns(&self) -> HostNetns {
+    ///
+    /// # Errors
+    /// When it's the host's own.
+    pub fn host_netns(&self) -> Result<HostNetns, SpecError> {
         namespaces::host_netns(&self.spec)
     }
 
@@ -301,9 +304,15 @@ impl BundleSpec {
             }
             add_sysctls(linux, pod);
         }
-        let in_pod = pod::role(&self.annotations()) == Role::PodContainer;
+        let annotations = self.annotations();
+        let owner = pod::sandbox_of(&annotations, id.as_str());
+        let vm = match pod::role(&annotations) {
+            Role::PodContainer => namespaces::Vm::Pod,
+            _ if owner.is_ok_and(|owner| owner.as_str() == id.as_str()) => namespaces::Vm::Own,
+            _ => namespaces::Vm::Other,
+        };
         pod_files::add(&mut spec, &pod.files, namespaces::joins_ipc(&self.spec));
-        namespaces::translate(&mut spec, pod.hostname.as_deref(), in_pod)?;
+        namespaces::translate(&mut spec, pod.hostname.as_deref(), vm)?;
         let binds = binds::translate(&mut spec, id, &self.bundle)?;
         Ok(GuestSpec { spec, binds })
     }

@@ -2,7 +2,7 @@
 //!
 //! | namespace | without a path | with a path |
 //! |---|---|---|
-//! | network | a new one in the guest | the guest's root network, which is the pod's; on the host the VMM lives in the one named |
+//! | network | the guest's root network if the VM is the container's, else a new one in the guest | the guest's root network, which is the pod's; on the host the VMM lives in the one named, if it isn't the host's |
 //! | ipc | a new one in the guest | the guest's root one, which the pod's containers share |
 //! | uts | a new one in the guest | a new one, with the pod's host name |
 //! | pid | a new one in the guest | in a pod, that of a process: the pod's own, which its containers then share; else refused |
@@ -11,23 +11,40 @@
 //! | time | a new one in the guest | refused |
 
 use super::{SpecError, unsupported};
+use crate::network;
 use bulkhead_proto::guest::POD_PID_NAMESPACE;
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
 use std::path::{Path, PathBuf};
 
 /// The host network namespace for the VMM process, whose pid the task reports. Daemons wire a
-/// task's network by that pid, so it must not be the host's own unless the spec says so.
+/// task's network by that pid, and what they wire there is the guest's network.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum HostNetns {
-    /// The host's own: the spec has no network namespace.
-    Host,
     /// A fresh one.
     New,
     /// An existing one, by path.
     Path(PathBuf),
 }
 
-pub(super) fn host_netns(spec: &Spec) -> HostNetns {
+/// Whom the VM's kernel stands for in a container's own words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Vm {
+    /// The container has it for itself.
+    Own,
+    /// It is a pod's, of which the container is one.
+    Pod,
+    /// It is another container's.
+    Other,
+}
+
+/// The host's own network is its kernel's, which a guest's kernel can't share.
+pub(super) fn host_netns(spec: &Spec) -> Result<HostNetns, SpecError> {
+    let refused = |problem: String| {
+        let remedy = "a virtual machine has a kernel, and so a network, of its own: give the \
+                      container or pod a network namespace (no hostNetwork, no --net-host, no \
+                      --network host), or run it with another runtime";
+        unsupported("linux.namespaces", format!("{problem}; {remedy}"))
+    };
     let namespaces = spec
         .linux()
         .as_ref()
@@ -36,13 +53,17 @@ pub(super) fn host_netns(spec: &Spec) -> HostNetns {
         all.iter()
             .find(|one| one.typ() == LinuxNamespaceType::Network)
     });
-    match network {
-        None => HostNetns::Host,
-        Some(network) => match network.path() {
-            None => HostNetns::New,
-            Some(path) if path.as_os_str().is_empty() => HostNetns::New,
-            Some(path) => HostNetns::Path(path.clone()),
-        },
+    let network = network.ok_or_else(|| {
+        refused("no network namespace is listed, which asks for the host's own".into())
+    })?;
+    match network.path() {
+        None => Ok(HostNetns::New),
+        Some(path) if path.as_os_str().is_empty() => Ok(HostNetns::New),
+        Some(path) if network::is_hosts(path) => {
+            let path = path.display();
+            Err(refused(format!("{path} is the host's own network")))
+        }
+        Some(path) => Ok(HostNetns::Path(path.clone())),
     }
 }
 
@@ -63,7 +84,7 @@ pub(super) fn joins_ipc(spec: &Spec) -> bool {
 pub(super) fn translate(
     spec: &mut Spec,
     pod_hostname: Option<&str>,
-    in_pod: bool,
+    vm: Vm,
 ) -> Result<(), SpecError> {
     let Some(linux) = spec.linux_mut() else {
         return Ok(());
@@ -81,6 +102,10 @@ pub(super) fn translate(
             .clone()
             .filter(|path| !path.as_os_str().is_empty());
         let Some(path) = path else {
+            if namespace.typ() == LinuxNamespaceType::Network && vm == Vm::Own {
+                // As if joined: what daemons wire on the host is in the agent's own.
+                continue;
+            }
             namespace.set_path(None);
             kept.push(namespace);
             continue;
@@ -91,11 +116,11 @@ pub(super) fn translate(
             LinuxNamespaceType::Network => check_type(n, &path, "net")?,
             LinuxNamespaceType::Ipc => check_type(n, &path, "ipc")?,
             // The sandbox's or another container's, of which the pid is the VMM's in either case.
-            LinuxNamespaceType::Pid if in_pod && is_of_process(&path, "pid") => {
+            LinuxNamespaceType::Pid if vm == Vm::Pod && is_of_process(&path, "pid") => {
                 namespace.set_path(Some(POD_PID_NAMESPACE.into()));
                 kept.push(namespace);
             }
-            LinuxNamespaceType::User if in_pod && is_of_process(&path, "user") => {
+            LinuxNamespaceType::User if vm == Vm::Pod && is_of_process(&path, "user") => {
                 check_maps(n, has_maps)?;
                 namespace.set_path(None);
                 kept.push(namespace);

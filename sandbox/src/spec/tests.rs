@@ -336,7 +336,7 @@ fn a_pods_namespaces_become_the_guests() {
     );
     let spec = Bundle::new(&spec).load().unwrap();
     assert_eq!(
-        spec.host_netns(),
+        spec.host_netns().unwrap(),
         HostNetns::Path("/var/run/netns/cni-1".into())
     );
     let guest = spec.for_guest(&id(), &pod()).unwrap().spec;
@@ -377,15 +377,44 @@ fn host_namespaces_that_cannot_be_joined_are_refused() {
 
 #[test]
 fn the_task_lives_in_the_specs_host_network_namespace() {
-    assert_eq!(
-        Bundle::new(&minimal()).load().unwrap().host_netns(),
-        HostNetns::Host
-    );
-    let spec = with("/linux/namespaces", json!([{"type": "network"}]));
-    assert_eq!(
-        Bundle::new(&spec).load().unwrap().host_netns(),
-        HostNetns::New
-    );
+    let of = |namespaces| {
+        let spec = with("/linux/namespaces", namespaces);
+        Bundle::new(&spec).load().unwrap().host_netns()
+    };
+    let new = of(json!([{"type": "network"}]));
+    assert_eq!(new.unwrap(), HostNetns::New);
+    let hosts = json!([{"type": "network", "path": "/proc/self/ns/net"}]);
+    for (namespaces, wanted) in [
+        (json!([{"type": "pid"}]), "no network namespace is listed"),
+        (hosts, "/proc/self/ns/net is the host's own"),
+    ] {
+        let error = of(namespaces).unwrap_err();
+        assert_eq!(error.kind(), Kind::Unimplemented);
+        let error = error.to_string();
+        assert!(
+            error.contains(wanted) && error.contains("another runtime"),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn a_container_with_a_vm_of_its_own_has_the_guests_own_network() {
+    let kinds = |annotations| {
+        let mut spec = with(
+            "/linux/namespaces",
+            json!([{"type": "mount"}, {"type": "network"}]),
+        );
+        spec["annotations"] = annotations;
+        let guest = Bundle::new(&spec).load().unwrap();
+        let guest = guest.for_guest(&id(), &pod()).unwrap().spec;
+        let namespaces = guest.linux().as_ref().unwrap().namespaces().clone();
+        let kinds = namespaces.unwrap().into_iter().map(|one| one.typ());
+        kinds.collect::<Vec<_>>()
+    };
+    assert_eq!(kinds(json!({})), [LinuxNamespaceType::Mount]);
+    let shared = kinds(json!({"io.containerd.runc.v2.group": "another"}));
+    assert_eq!(shared.len(), 2, "{shared:?}");
 }
 
 #[test]

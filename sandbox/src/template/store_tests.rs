@@ -154,6 +154,7 @@ fn what_a_dead_build_left_goes_with_its_vm() {
     let process = crate::process_ref::ProcessRef::of(vmm.id()).unwrap();
     let state = crate::folder::StateFile {
         shim: process,
+        netns: None,
         vmm: Some(process),
         containers: Default::default(),
         cgroup: None,

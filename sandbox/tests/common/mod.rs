@@ -23,11 +23,26 @@ pub fn possible() -> bool {
     possible
 }
 
+/// A network namespace that isn't this host's, and a path to it that holds as long as the file.
+fn netns() -> (std::fs::File, PathBuf) {
+    let made = std::thread::spawn(|| {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+        std::fs::File::open("/proc/thread-self/ns/net").unwrap()
+    });
+    let file = made.join().unwrap();
+    let number = std::os::fd::AsRawFd::as_raw_fd(&file);
+    let path = format!("/proc/{}/fd/{number}", std::process::id());
+    (file, path.into())
+}
+
 /// One sandbox and everything around it.
 pub struct Pod {
     pub dir: tempfile::TempDir,
     pub sandbox: Sandbox,
     pub agent: Arc<FakeAgent>,
+    /// A network namespace for a pod that names its own.
+    pub netns: PathBuf,
+    _netns: std::fs::File,
     /// Where templates are; without it every boot is a cold one.
     pub templates: Option<PathBuf>,
     notifications: mpsc::UnboundedReceiver<Notification>,
@@ -42,6 +57,7 @@ impl Pod {
         let (send, notifications) = mpsc::unbounded_channel();
         let id = SandboxId::try_from("pod").unwrap();
         let sandbox = Sandbox::new(id, Namespace::try_from("test").unwrap(), send);
+        let (held, netns) = netns();
         let mut image = vec![0; 4096];
         image[1024..1028].copy_from_slice(&0xE0F5_E1E2_u32.to_le_bytes());
         std::fs::write(dir.path().join("rootfs.erofs"), image).unwrap();
@@ -49,6 +65,8 @@ impl Pod {
             dir,
             sandbox,
             agent,
+            netns,
+            _netns: held,
             templates: None,
             notifications,
             mode,
@@ -98,7 +116,15 @@ impl Pod {
         )
     }
 
-    pub fn request_with(&self, id: &str, spec: serde_json::Value) -> CreateContainer {
+    /// A bundle with this spec, and a network namespace if it lists none.
+    pub fn request_with(&self, id: &str, mut spec: serde_json::Value) -> CreateContainer {
+        let namespaces = &mut spec["linux"]["namespaces"];
+        let listed = namespaces.as_array_mut().map(std::mem::take);
+        let mut listed = listed.unwrap_or_default();
+        if listed.iter().all(|one| one["type"] != "network") {
+            listed.push(json!({"type": "network"}));
+        }
+        *namespaces = listed.into();
         let bundles = self.dir.path().join("bundles");
         std::fs::create_dir_all(&bundles).unwrap();
         let count = std::fs::read_dir(&bundles).unwrap().count();

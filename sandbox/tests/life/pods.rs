@@ -14,6 +14,7 @@ fn request(pod: &Pod) -> CreateContainer {
             servers: vec!["192.0.2.53".into()],
             ..Default::default()
         },
+        netns: Some(pod.netns.clone()),
         ..Default::default()
     };
     let request = pod.request("pod", &["none"]);

@@ -95,7 +95,14 @@ fn probe_taps() -> Result<(), String> {
 
 /// Whether pods can get a network here: the CNI plugins, and a kernel with veth pairs.
 fn probe_pod_network() -> Result<(), String> {
-    for plugin in ["loopback", "ptp", "host-local"] {
+    for plugin in [
+        "loopback",
+        "ptp",
+        "host-local",
+        "bridge",
+        "macvlan",
+        "portmap",
+    ] {
         let path = std::path::Path::new(crate::containerd::CNI_PLUGINS).join(plugin);
         if !path.is_file() {
             return Err(format!(

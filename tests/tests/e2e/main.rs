@@ -58,6 +58,16 @@ const SCENARIOS: &[Scenario] = &[
         run: cri::sandboxer::run,
     },
     Scenario {
+        name: "cni-debian",
+        needs: Need::Pods,
+        run: cri::network::debian,
+    },
+    Scenario {
+        name: "cni-2",
+        needs: Need::PodsOnCurrentContainerd,
+        run: cri::network::current,
+    },
+    Scenario {
         name: "conformance",
         needs: Need::Guest,
         run: conformance::run,

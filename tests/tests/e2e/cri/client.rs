@@ -7,8 +7,9 @@ use k8s_cri::v1::{
     ContainerStatsRequest, ContainerStatus, ContainerStatusRequest, CreateContainerRequest,
     ExecRequest, ExecSyncRequest, ExecSyncResponse, ListContainerStatsRequest, PodSandboxConfig,
     PodSandboxStats, PodSandboxStatsRequest, PodSandboxStatus, PodSandboxStatusRequest,
-    RemoveContainerRequest, RemovePodSandboxRequest, RunPodSandboxRequest, RuntimeHandlerFeatures,
-    StartContainerRequest, StatusRequest, StopContainerRequest, StopPodSandboxRequest,
+    PortForwardRequest, RemoveContainerRequest, RemovePodSandboxRequest, RunPodSandboxRequest,
+    RuntimeHandlerFeatures, StartContainerRequest, StatusRequest, StopContainerRequest,
+    StopPodSandboxRequest,
 };
 use std::future::Future;
 use std::path::Path;
@@ -211,6 +212,16 @@ impl Client {
         };
         let answer = self.answer(self.service.clone().exec(request))?;
         Ok(Stream::open(&answer.url))
+    }
+
+    /// The URL under which a connection to a port of a pod's can be had.
+    pub fn port_forward(&self, pod: &str, port: u16) -> Answer<String> {
+        let request = PortForwardRequest {
+            pod_sandbox_id: pod.into(),
+            port: vec![port.into()],
+        };
+        let answer = self.answer(self.service.clone().port_forward(request))?;
+        Ok(answer.url)
     }
 
     /// Attaches to a container that has a terminal.

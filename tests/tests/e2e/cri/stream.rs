@@ -20,6 +20,22 @@ const STDOUT: u8 = 1;
 const ERROR: u8 = 3;
 const RESIZE: u8 = 4;
 
+/// Connects to a URL that CRI answered with.
+pub fn open(url: &str) -> WebSocket<TcpStream> {
+    let url = url.replacen("http://", "ws://", 1);
+    let mut request = url.as_str().into_client_request().unwrap();
+    let address = request.uri().authority().unwrap().as_str().to_owned();
+    let headers = request.headers_mut();
+    headers.insert("Sec-WebSocket-Protocol", HeaderValue::from_static(PROTOCOL));
+    let connection = TcpStream::connect(&address).unwrap();
+    connection.set_read_timeout(Some(PATIENCE)).unwrap();
+    let (socket, answer) =
+        tungstenite::client(request, connection).unwrap_or_else(|error| panic!("{url}: {error}"));
+    let chosen = answer.headers().get("Sec-WebSocket-Protocol");
+    assert_eq!(chosen.unwrap(), PROTOCOL);
+    socket
+}
+
 /// An open connection. Dropping it detaches.
 pub struct Stream {
     socket: WebSocket<TcpStream>,
@@ -29,19 +45,8 @@ pub struct Stream {
 impl Stream {
     /// Connects to the URL of an Exec or Attach.
     pub fn open(url: &str) -> Self {
-        let url = url.replacen("http://", "ws://", 1);
-        let mut request = url.as_str().into_client_request().unwrap();
-        let address = request.uri().authority().unwrap().as_str().to_owned();
-        let headers = request.headers_mut();
-        headers.insert("Sec-WebSocket-Protocol", HeaderValue::from_static(PROTOCOL));
-        let connection = TcpStream::connect(&address).unwrap();
-        connection.set_read_timeout(Some(PATIENCE)).unwrap();
-        let (socket, answer) = tungstenite::client(request, connection)
-            .unwrap_or_else(|error| panic!("{url}: {error}"));
-        let chosen = answer.headers().get("Sec-WebSocket-Protocol");
-        assert_eq!(chosen.unwrap(), PROTOCOL);
         Self {
-            socket,
+            socket: open(url),
             output: Vec::new(),
         }
     }

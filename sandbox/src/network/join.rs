@@ -1,0 +1,228 @@
+//! An interface of the pod's and the tap beside it, joined in both directions.
+
+use super::NetworkError;
+use super::redirect::{redirect, undo};
+use super::state::Interface;
+use super::tap::Tap;
+use bulkhead_netlink::{Netlink, NetlinkError};
+
+/// Makes the tap and joins the two, in the calling thread's namespace. On failure nothing is left.
+pub(super) fn join(
+    index: u32,
+    interface: &Interface,
+    queues: usize,
+    netlink: &mut Netlink,
+) -> Result<Tap, NetworkError> {
+    let failed = |step: &'static str| {
+        let interface = interface.name.clone();
+        move |cause: NetlinkError| NetworkError::Interface {
+            interface,
+            step,
+            cause: cause.to_string(),
+        }
+    };
+    let tap = Tap::new(index, queues, interface.mtu, netlink)
+        .map_err(failed("make a tap device (is there /dev/net/tun?)"))?;
+    // The guest's frames find their way first: nothing is sent before it is plugged in.
+    redirect(tap.index, index, netlink).map_err(failed("redirect what the guest sends"))?;
+    // From here on the pod's frames are the guest's. With the tap its own redirection goes.
+    redirect(index, tap.index, netlink).map_err(failed(
+        "redirect what comes in (another program's ingress qdisc has to go first)",
+    ))?;
+    Ok(tap)
+}
+
+/// Takes back what [`join`] did to the interface, in the calling thread's namespace. The tap goes
+/// with its last descriptor.
+pub(super) fn part(index: u32, netlink: &mut Netlink) -> Result<(), NetlinkError> {
+    undo(index, netlink)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::netns::Netns;
+    use super::super::redirect::is_redirected;
+    use super::super::state::NetworkState;
+    use super::*;
+    use std::fs::File;
+    use std::io::Read;
+    use std::net::{TcpStream, UdpSocket};
+    use std::path::Path;
+    use std::process::Command;
+    use std::time::{Duration, Instant};
+
+    #[track_caller]
+    fn ip(words: &str) -> String {
+        let done = Command::new("ip").args(words.split(' ')).output().unwrap();
+        let errors = String::from_utf8_lossy(&done.stderr);
+        assert!(done.status.success(), "ip {words}: {errors}");
+        String::from_utf8(done.stdout).unwrap()
+    }
+
+    /// The pod's namespace, with eth0 at 10.9.0.2, and this thread's, with its other end at 10.9.0.1.
+    fn pod() -> Option<Netns> {
+        if !nix::unistd::geteuid().is_root() || !Path::new("/dev/net/tun").exists() {
+            eprintln!("SKIPPED 1 test: it needs root and /dev/net/tun");
+            return None;
+        }
+        let fresh = || {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+            ip("link set lo up");
+            Netns::open(Path::new("/proc/thread-self/ns/net")).unwrap()
+        };
+        let pod = std::thread::spawn(fresh).join().unwrap();
+        fresh();
+        ip("link add far type veth peer name near");
+        ip("address add 10.9.0.1/24 dev far");
+        ip("link set far up");
+        // `ip` has no name for the namespace, and a thread is none that it knows by a pid.
+        let mut netlink = Netlink::open().unwrap();
+        let near = ip("-o link show near");
+        let index: u32 = near.split(':').next().unwrap().parse().unwrap();
+        let mut moved = bulkhead_netlink::route::link::LinkMessage::default();
+        moved.header.index = index;
+        let fd = pod.inside(|| File::open("/proc/thread-self/ns/net").unwrap());
+        let fd = fd.unwrap();
+        let to = std::os::fd::AsRawFd::as_raw_fd(&fd);
+        moved.attributes = vec![bulkhead_netlink::route::link::LinkAttribute::NetNsFd(to)];
+        let moved = bulkhead_netlink::route::RouteNetlinkMessage::SetLink(moved);
+        netlink.change(moved, 0).unwrap();
+        pod.inside(|| {
+            for words in [
+                "link set near name eth0 address 02:00:00:00:00:02 mtu 1400",
+                "address add 10.9.0.2/24 dev eth0",
+                "address add 2001:db8:9::2/64 dev eth0 nodad",
+                "link set eth0 up",
+                "route add default via 10.9.0.1 metric 7",
+                "neighbour add 10.9.0.7 lladdr 02:00:00:00:00:07 dev eth0",
+                "route add 198.51.100.0/24 dev eth0 table 100",
+            ] {
+                ip(words);
+            }
+        })
+        .unwrap();
+        Some(pod)
+    }
+
+    fn read(pod: &Netns) -> NetworkState {
+        pod.inside(|| NetworkState::read(&mut Netlink::open().unwrap(), |_| false).unwrap())
+            .unwrap()
+    }
+
+    #[test]
+    fn what_cni_left_is_read() {
+        let Some(pod) = pod() else { return };
+        let state = read(&pod);
+        let (index, eth0) = state.interfaces.first_key_value().unwrap();
+        assert_eq!(state.interfaces.len(), 1, "{state:?}");
+        assert_eq!((eth0.name.as_str(), eth0.mtu), ("eth0", 1400));
+        assert_eq!(eth0.mac, [2, 0, 0, 0, 0, 2]);
+        assert!(eth0.up && eth0.arp);
+        let ips: Vec<_> = eth0
+            .addresses
+            .iter()
+            .map(|one| one.ip.to_string())
+            .collect();
+        assert!(ips.contains(&"10.9.0.2".to_owned()), "{ips:?}");
+        assert!(ips.contains(&"2001:db8:9::2".to_owned()), "{ips:?}");
+        let default = state.routes.iter().find(|one| one.prefix_length == 0);
+        let default = default.unwrap();
+        assert_eq!((default.interface, default.priority), (*index, 7));
+        assert_eq!(default.gateway.unwrap().to_string(), "10.9.0.1");
+        let network = |route: &&super::super::state::Route| route.prefix_length == 24;
+        assert_eq!(state.routes.iter().filter(network).count(), 1, "{state:?}");
+        assert_eq!(state.neighbours.len(), 1);
+        assert_eq!(state.neighbours[0].mac, [2, 0, 0, 0, 0, 7]);
+    }
+
+    /// A frame of the tap's that `wanted` accepts, behind its virtio-net header of 10 bytes.
+    fn frame(tap: &Tap, wanted: impl Fn(&[u8]) -> bool) -> bool {
+        let end = Instant::now() + Duration::from_secs(20);
+        let mut buffer = [0; 2048];
+        while Instant::now() < end {
+            match (&tap.queues[0]).read(&mut buffer) {
+                Ok(length) if wanted(&buffer[10..length]) => return true,
+                Ok(_) => {}
+                Err(_) => std::thread::sleep(Duration::from_millis(10)),
+            }
+        }
+        false
+    }
+
+    #[test]
+    fn frames_go_to_the_tap_and_the_host_stays_silent_until_they_are_parted() {
+        let Some(pod) = pod() else { return };
+        let state = read(&pod);
+        let (index, eth0) = state.interfaces.first_key_value().unwrap();
+        let joined = pod.inside(|| {
+            let mut netlink = Netlink::open().unwrap();
+            let tap = join(*index, eth0, 1, &mut netlink).unwrap();
+            assert!(is_redirected(*index, &mut netlink).unwrap());
+            tap
+        });
+        let tap = joined.unwrap();
+        let socket = UdpSocket::bind("10.9.0.1:0").unwrap();
+        socket.send_to(b"x", "10.9.0.2:9").unwrap();
+        // ARP (RFC 826): a request, for 10.9.0.2.
+        let asks = |frame: &[u8]| {
+            frame.get(12..14) == Some(&[8, 6]) && frame.get(38..42) == Some(&[10, 9, 0, 2])
+        };
+        assert!(frame(&tap, asks), "the request did not reach the tap");
+        let neighbour = ip("neighbour show 10.9.0.2");
+        assert!(
+            !neighbour.contains("lladdr"),
+            "the host answered: {neighbour}"
+        );
+
+        let ours = tap.index;
+        let seen = pod.inside(|| {
+            NetworkState::read(&mut Netlink::open().unwrap(), |index| index == ours).unwrap()
+        });
+        assert_eq!(seen.unwrap(), state, "the namespace is as it was");
+        pod.inside(|| part(*index, &mut Netlink::open().unwrap()).unwrap())
+            .unwrap();
+        drop(tap);
+        pod.inside(|| {
+            let mut netlink = Netlink::open().unwrap();
+            assert!(!is_redirected(*index, &mut netlink).unwrap());
+            // Once more is no mistake.
+            part(*index, &mut netlink).unwrap();
+            assert!(!ip("link show").contains("bulkhead"), "{}", ip("link show"));
+            // As when nobody was left to part them.
+            drop(join(*index, eth0, 1, &mut netlink).unwrap());
+            assert!(is_redirected(*index, &mut netlink).unwrap());
+            super::super::clear(Path::new("/proc/thread-self/ns/net")).unwrap();
+            assert!(!is_redirected(*index, &mut netlink).unwrap());
+        })
+        .unwrap();
+        ip("neighbour flush all");
+        // The host is itself again: it answers, by refusing.
+        let refused = TcpStream::connect("10.9.0.2:9").unwrap_err();
+        assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
+    }
+
+    #[test]
+    fn another_programs_qdisc_is_left_alone() {
+        let Some(pod) = pod() else { return };
+        let state = read(&pod);
+        let (index, eth0) = state.interfaces.first_key_value().unwrap();
+        pod.inside(|| {
+            let mut netlink = Netlink::open().unwrap();
+            let words = ["qdisc", "add", "dev", "eth0", "ingress"];
+            let status = Command::new("tc").args(words).status();
+            assert!(status.unwrap().success());
+            let error = join(*index, eth0, 2, &mut netlink).unwrap_err().to_string();
+            assert!(
+                error.contains("\"eth0\"") && error.contains("ingress qdisc"),
+                "{error}"
+            );
+            assert!(!ip("link show").contains("bulkhead"), "{}", ip("link show"));
+            let left = Command::new("tc")
+                .args(["qdisc", "show", "dev", "eth0"])
+                .output();
+            let left = String::from_utf8(left.unwrap().stdout).unwrap();
+            assert!(left.contains("ingress"), "{left}");
+        })
+        .unwrap();
+    }
+}
