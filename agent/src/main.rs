@@ -30,6 +30,7 @@ mod seccomp;
 mod server;
 mod spares;
 mod spec;
+mod storage;
 mod streams;
 mod syscalls;
 mod transport;

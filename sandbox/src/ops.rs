@@ -12,6 +12,7 @@ use crate::prepare::{self, Prepared};
 use crate::spec::{BundleSpec, parse_process};
 use crate::stdio::{Copies, Stdio};
 use bulkhead_proto::agent;
+use bulkhead_proto::guest::SHARE_MOUNTS;
 use oci_spec::runtime::{Hook, Process};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -67,7 +68,7 @@ fn share(prepared: &Prepared) -> Result<()> {
     let root = prepared.spec.root_path();
     bind_root_into_share(&root, &share.join("rootfs"))?;
     for bind in &prepared.guest.binds {
-        let target = share.join("mounts").join(bind.number.to_string());
+        let target = share.join(SHARE_MOUNTS).join(bind.number.to_string());
         bind_into_share(bind, &target)?;
     }
     Ok(())
@@ -94,6 +95,7 @@ async fn create_in_guest(
         streams: streams(tokens),
         terminal_rows: rows,
         terminal_columns: columns,
+        storage: prepared.guest.storage.clone(),
         ..Default::default()
     };
     match guest.create(&request).await {

@@ -65,6 +65,7 @@ fn check(request: &CreateContainer, context: &Context) -> Result<Prepared> {
         Role::PodSandbox => GuestSpec {
             spec: Default::default(),
             binds: Vec::new(),
+            storage: Vec::new(),
         },
         _ => spec.for_guest(&request.id, &context.pod)?,
     };

@@ -5,7 +5,7 @@
 //! | in the bundle | in the guest's spec |
 //! |---|---|
 //! | `root.path` | the root below the share ([`guest_rootfs`]) |
-//! | a bind mount's source | its place below the share, for files and folders |
+//! | a bind mount's source | its place below the share, for files and folders; volumes in memory are the guest's own |
 //! | `linux.namespaces[].path` | see `namespaces.rs` |
 //! | `hooks` | `startContainer` only, whose programs are the container's; the others run on the host |
 //! | AppArmor profile, SELinux labels | gone; the guest has neither |
@@ -21,7 +21,8 @@ use crate::Kind;
 use crate::ids::ContainerId;
 use crate::pod::{self, Annotations, PodLimits, PodSandbox, PodSettings, Role};
 use crate::pod_files;
-use bulkhead_proto::guest::SHARE_MOUNT;
+use bulkhead_proto::agent::StorageMount;
+use bulkhead_proto::guest::{SHARE_MOUNT, SHARE_MOUNTS};
 use oci_spec::runtime::{Hooks, Linux, LinuxResources, Process, Spec};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -101,7 +102,7 @@ pub fn guest_rootfs(id: &ContainerId) -> PathBuf {
 fn guest_bind(id: &ContainerId, n: usize) -> PathBuf {
     Path::new(SHARE_MOUNT)
         .join(id)
-        .join("mounts")
+        .join(SHARE_MOUNTS)
         .join(n.to_string())
 }
 
@@ -119,6 +120,8 @@ pub struct GuestSpec {
     pub spec: Spec,
     /// What to bind into the share.
     pub binds: Vec<Bind>,
+    /// What the guest mounts itself, before it sets the container up.
+    pub storage: Vec<StorageMount>,
 }
 
 impl BundleSpec {
@@ -288,8 +291,12 @@ impl BundleSpec {
         let in_pod = pod::role(&self.annotations()) == Role::PodContainer;
         pod_files::add(&mut spec, &pod.files, namespaces::joins_ipc(&self.spec));
         namespaces::translate(&mut spec, pod.hostname.as_deref(), in_pod)?;
-        let binds = binds::translate(&mut spec, id, &self.bundle)?;
-        Ok(GuestSpec { spec, binds })
+        let sources = binds::translate(&mut spec, id, &self.bundle)?;
+        Ok(GuestSpec {
+            spec,
+            binds: sources.binds,
+            storage: sources.storage,
+        })
     }
 }
 

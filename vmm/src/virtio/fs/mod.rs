@@ -7,6 +7,9 @@
 //! Mounts that appear below the folder later are served like folders. Each file has a number of
 //! its own (the FUSE node id, reported as st_ino as well), whichever host file system it is on.
 
+#[cfg(test)]
+mod attack_tests;
+mod checks;
 mod device;
 mod guard;
 mod held;
@@ -14,6 +17,7 @@ mod held;
 mod suspend_tests;
 #[cfg(test)]
 mod tests;
+mod volumes;
 
 pub use device::{FsDevice, FsError};
 
