@@ -24,6 +24,7 @@ mod terminal;
 mod vm;
 mod vm_hotplug;
 mod vm_template;
+mod volumes;
 
 use bulkhead_tests::runner::{self, Need, Scenario};
 
@@ -53,6 +54,16 @@ const SCENARIOS: &[Scenario] = &[
         name: "cri-sandboxer",
         needs: Need::PodsOnCurrentContainerd,
         run: cri::sandboxer::run,
+    },
+    Scenario {
+        name: "volumes-pod",
+        needs: Need::Pods,
+        run: cri::volumes::run,
+    },
+    Scenario {
+        name: "volumes-files",
+        needs: Need::Guest,
+        run: volumes::files,
     },
     Scenario {
         name: "conformance",

@@ -5,6 +5,7 @@ pub mod sandboxer;
 mod security;
 mod stream;
 mod terminals;
+pub mod volumes;
 
 use bulkhead_tests::Artifacts;
 use bulkhead_tests::containerd::{Containerd, IMAGE, Release, SANDBOX_IMAGE};

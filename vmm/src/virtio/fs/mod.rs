@@ -15,6 +15,7 @@ mod guard;
 mod held;
 #[cfg(test)]
 mod suspend_tests;
+mod sync;
 #[cfg(test)]
 mod tests;
 mod volumes;

@@ -2,6 +2,7 @@
 
 use super::super::VirtioDevice;
 use super::super::testing::{Desc, DriverQueue, activation, install_filter, wait_until};
+use super::sync::SYNCFS;
 use super::*;
 use crate::event_loop::EventLoop;
 use crate::seccomp::ThreadKind;
@@ -613,6 +614,24 @@ fn endless_messages_are_refused_and_broken_chains_need_a_reset() {
     wait_until("DEVICE_NEEDS_RESET", || {
         broken.interrupt.reset_needed().then_some(())
     });
+}
+
+#[test]
+fn all_file_systems_of_containers_are_synced() {
+    let mut client = Client::new();
+    for path in ["c1/rootfs", "c1/mounts/0", "c2/rootfs", "c2/mounts"] {
+        fs::create_dir_all(client.share.join(path)).unwrap();
+    }
+    fs::write(client.share.join("c1/mounts/1"), "").unwrap();
+    // One padding word, which Linux leaves at 0.
+    client.ok(SYNCFS, ROOT, body().u64(0));
+    // What can't be opened is no success.
+    fs::remove_dir(client.share.join("c1/rootfs")).unwrap();
+    symlink(client.folder.path(), client.share.join("c1/rootfs")).unwrap();
+    assert_eq!(client.send(SYNCFS, ROOT, body().u64(0)), Err(libc::ELOOP));
+    fs::remove_dir_all(client.share.join("c1")).unwrap();
+    client.ok(SYNCFS, ROOT, body().u64(0));
+    assert!(client.raw(&client.message(SYNCFS, ROOT, &[]), 8).is_empty());
 }
 
 #[test]
