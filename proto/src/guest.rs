@@ -28,6 +28,9 @@ pub const SHARE_MOUNTS: &str = "mounts";
 /// Folder of the guest below which the agent mounts what `CreateRequest.storage` lists.
 pub const STORAGE_MOUNT: &str = "/run/bulkhead/storage";
 
+/// Folder in the guest of links from serial numbers of disks that were plugged in to their nodes.
+pub const DISKS: &str = "/run/bulkhead/disks";
+
 /// The agent in the guest's root image; PID 1.
 pub const AGENT_PATH: &str = "/sbin/bulkhead-agent";
 

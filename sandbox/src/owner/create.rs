@@ -34,6 +34,7 @@ impl Owner {
             init: Process::new(Phase::Creating, request.stdio.clone()),
             execs: BTreeMap::new(),
             prepared: None,
+            disks: Attached::default(),
             create_reply: Some(reply),
             held_exit: None,
             pid: 0,
@@ -176,9 +177,10 @@ impl Owner {
         });
     }
 
-    pub(super) fn created(&mut self, id: ContainerId, result: Result<Option<Copies>>) {
-        let copies = match result {
-            Ok(copies) => copies,
+    pub(super) fn created(&mut self, id: ContainerId, result: Result<Option<SetUp>>) {
+        let (copies, disks) = match result {
+            Ok(Some(set_up)) => (Some(set_up.copies), set_up.disks),
+            Ok(None) => (None, Attached::default()),
             Err(error) => return self.fail_prepared(id, error),
         };
         let guest = match self.guest() {
@@ -191,6 +193,7 @@ impl Owner {
             return;
         };
         container.init.attach(copies);
+        container.disks = disks;
         container.init.phase = Phase::Created;
         container.pid = pid;
         container.created_at = SystemTime::now();

@@ -21,6 +21,7 @@ mod resources;
 mod run;
 
 use crate::boot::{BootError, BootPlan};
+use crate::disks::Attached;
 use crate::error::{Error, Result};
 use crate::folder::StateFile;
 use crate::guest::Guest;
@@ -74,6 +75,8 @@ struct Container {
     /// Known once the request has been checked.
     prepared: Option<Arc<Prepared>>,
     create_reply: Option<Reply<u32>>,
+    /// What was attached to the VM for it.
+    disks: Attached,
     /// The init's end, held back until the execs have ended.
     held_exit: Option<ExitStatus>,
     /// The VMM's pid, once there is one.
@@ -117,7 +120,7 @@ enum Done {
     },
     Created {
         id: ContainerId,
-        result: Result<Option<Copies>>,
+        result: Result<Option<SetUp>>,
     },
     Started {
         id: ContainerId,

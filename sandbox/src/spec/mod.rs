@@ -99,7 +99,7 @@ pub fn guest_rootfs(id: &ContainerId) -> PathBuf {
 }
 
 /// Where the container's `n`th shared bind source is in the guest.
-fn guest_bind(id: &ContainerId, n: usize) -> PathBuf {
+pub(crate) fn guest_bind(id: &ContainerId, n: usize) -> PathBuf {
     Path::new(SHARE_MOUNT)
         .join(id)
         .join(SHARE_MOUNTS)

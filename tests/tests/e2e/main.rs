@@ -8,6 +8,7 @@ mod conformance;
 mod containerd;
 mod crash;
 mod cri;
+mod disks;
 mod facts;
 mod limits;
 mod memory;
@@ -64,6 +65,11 @@ const SCENARIOS: &[Scenario] = &[
         name: "volumes-files",
         needs: Need::Guest,
         run: volumes::files,
+    },
+    Scenario {
+        name: "disks",
+        needs: Need::Guest,
+        run: disks::run,
     },
     Scenario {
         name: "conformance",
