@@ -5,9 +5,10 @@
 //! that it runs while the host is still busy with the first request.
 
 use crate::cgroups::Hierarchy;
-use crate::error::{Context, Failure};
+use crate::error::{Context, Failure, Kind};
 use crate::generation::Generation;
 use crate::namespaces;
+use crate::slots::Slots;
 use bulkhead_proto::guest::{SHARE_MOUNT, SHARE_TAG, STORAGE_MOUNT};
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
@@ -138,6 +139,16 @@ impl Guest {
     /// Where this is.
     pub fn surroundings(&self) -> &Surroundings {
         &self.surroundings
+    }
+
+    /// Its spare slots; fails outside of a guest, and as long as sysfs can't be mounted.
+    pub fn slots(&self) -> Result<Slots, Failure> {
+        if matches!(self.surroundings, Surroundings::Outside { .. }) {
+            let message = "the agent runs outside of a guest: there are no slots for devices";
+            return Err(Failure::new(Kind::FailedPrecondition, message));
+        }
+        self.prepare()?;
+        Ok(Slots::default())
     }
 
     /// Its identity.

@@ -28,6 +28,7 @@ mod reaper;
 mod rootfs;
 mod seccomp;
 mod server;
+mod slots;
 mod spares;
 mod spec;
 mod storage;

@@ -10,7 +10,8 @@ use crate::streams::PendingStreams;
 use crate::transport::{Listener, knock, listen_unix, listen_vsock};
 use async_trait::async_trait;
 use bulkhead_proto::agent::{
-    Agent, CreateRequest, CreateResponse, DeleteRequest, DeleteResponse, ExecRequest, ExecResponse,
+    Agent, AttachDeviceRequest, AttachDeviceResponse, CreateRequest, CreateResponse, DeleteRequest,
+    DeleteResponse, DetachDeviceRequest, DetachDeviceResponse, ExecRequest, ExecResponse,
     IdentifyRequest, IdentifyResponse, InfoRequest, InfoResponse, PauseRequest, PauseResponse,
     PidsRequest, PidsResponse, PrepareRequest, PrepareResponse, ResizeRequest, ResizeResponse,
     ResumeRequest, ResumeResponse, ShutdownRequest, ShutdownResponse, SignalRequest,
@@ -75,12 +76,16 @@ pub async fn serve(surroundings: Surroundings, doors: Doors, null: OwnedFd) -> R
     }
     let reaper = Reaper::default();
     let streams = PendingStreams::default();
-    let containers = Containers::new(guest, Spawner::new(reaper.clone(), null), streams.clone());
+    let containers = Containers::new(
+        guest.clone(),
+        Spawner::new(reaper.clone(), null),
+        streams.clone(),
+    );
     let requests = Listener::new(doors.requests).context(|| "accept the host's requests")?;
     let connections = Listener::new(doors.streams).context(|| "accept the host's streams")?;
     let mut server = ttrpc::asynchronous::Server::new()
         .add_listener(ttrpc::asynchronous::transport::Listener::new(requests))
-        .register_service(create_agent(Arc::new(Service { containers })));
+        .register_service(create_agent(Arc::new(Service { containers, guest })));
     server
         .start()
         .await
@@ -95,6 +100,7 @@ pub async fn serve(surroundings: Surroundings, doors: Doors, null: OwnedFd) -> R
 
 struct Service {
     containers: Containers,
+    guest: Arc<Guest>,
 }
 
 impl Service {
@@ -158,6 +164,34 @@ impl Agent for Service {
             generation_id: identified.to_vec(),
             ..Default::default()
         })
+    }
+
+    async fn attach_device(
+        &self,
+        _: &TtrpcContext,
+        request: AttachDeviceRequest,
+    ) -> ttrpc::Result<AttachDeviceResponse> {
+        let device = self
+            .guest
+            .slots()
+            .and_then(|slots| slots.attach(&request.slot));
+        Ok(AttachDeviceResponse {
+            name: device.map_err(to_status)?.name().to_owned(),
+            ..Default::default()
+        })
+    }
+
+    async fn detach_device(
+        &self,
+        _: &TtrpcContext,
+        request: DetachDeviceRequest,
+    ) -> ttrpc::Result<DetachDeviceResponse> {
+        let detached = self
+            .guest
+            .slots()
+            .and_then(|slots| slots.detach(&request.slot));
+        detached.map_err(to_status)?;
+        Ok(DetachDeviceResponse::default())
     }
 
     async fn create(

@@ -23,7 +23,7 @@ pub const CONFIG_FD: RawFd = 3;
 pub const MAX_CONTROL_LINE: usize = 64 * 1024;
 
 /// Most descriptors that are taken with one request.
-pub const MAX_REQUEST_DESCRIPTORS: usize = 2;
+pub const MAX_REQUEST_DESCRIPTORS: usize = 8;
 
 /// Largest number of vCPUs.
 pub const MAX_VCPUS: u8 = 32;
@@ -34,6 +34,13 @@ pub const HOTPLUG_BLOCK_MIB: u32 = 2;
 
 /// Largest [`VmConfig::hotplug_mib`]: 1 TiB.
 pub const MAX_HOTPLUG_MIB: u32 = 1024 * 1024;
+
+/// Number of the first spare slot; those before it are for the devices that the machine starts with.
+pub const FIRST_SPARE_SLOT: u32 = 32;
+
+/// How many spare slots a machine has: device windows that are empty until a device is plugged in.
+/// An empty one costs guest and VMM nothing.
+pub const SPARE_SLOTS: u32 = 128;
 
 /// The machine to build. All descriptors are owned by the VMM from the start.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -148,12 +155,27 @@ pub enum Request {
         /// MiB, a multiple of [`HOTPLUG_BLOCK_MIB`] up to [`VmConfig::hotplug_mib`].
         mib: u32,
     },
+    /// Plugs a block device into a spare slot, answered by [`Response::Plugged`]. The backing travels
+    /// with it: one descriptor of a raw file or block device. The guest does not notice before it is
+    /// told (the agent's AttachDevice).
+    PlugBlock {
+        /// See [`BlockConfig::serial`].
+        serial: String,
+        /// See [`BlockConfig::read_only`].
+        read_only: bool,
+    },
+    /// Takes the device out of a spare slot, which is free then. A guest that has not let go of it
+    /// (the agent's DetachDevice) finds a dead device: no request to it is ever answered.
+    Unplug {
+        /// See [`PluggedSlot::slot`].
+        slot: u32,
+    },
     /// Saves the machine for [`VmConfig::template`] and ends the VM with [`ExitReason::Saved`] once
     /// that is answered. Two descriptors travel with it: an empty file for the memory and an empty
     /// file for the state, both open for writing. Refused while a vsock connection is open, while
     /// the guest knows files of the share besides its root, while memory is plugged or asked to be,
-    /// or before the guest is ready. After an
-    /// error the machine goes on and both files are empty again.
+    /// while a device is in a spare slot, or before the guest is ready. After an error the machine
+    /// goes on and both files are empty again.
     SaveTemplate {},
     /// Ends the VM at once, without telling the guest.
     Stop {},
@@ -167,11 +189,38 @@ pub enum Response {
     Ok,
     /// Answer to [`Request::Status`].
     Status(Status),
+    /// Answer to a request that plugs a device.
+    Plugged {
+        /// Where it is.
+        slot: PluggedSlot,
+    },
     /// Not done; nothing was changed.
     Error {
         /// What was tried, on what, why it failed and what to do next.
         message: String,
     },
+}
+
+/// Where a device was plugged in, as the guest must be told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PluggedSlot {
+    /// Its number, from [`FIRST_SPARE_SLOT`] on.
+    pub slot: u32,
+    /// Guest-physical address of its virtio-mmio window of 4 KiB.
+    pub address: u64,
+    /// Its interrupt line, a pin of the IO-APIC; edge-triggered, and shared with other slots.
+    pub irq: u32,
+}
+
+/// A device in a spare slot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PluggedDevice {
+    /// See [`PluggedSlot::slot`].
+    pub slot: u32,
+    /// Its type's name, as in [`Status::devices`].
+    pub device: String,
 }
 
 /// How the VM is doing.
@@ -189,6 +238,8 @@ pub struct Status {
     /// The devices in slot order, by type name (`block`, `rng`, `vsock`, `fs`, `console`,
     /// `balloon`, `mem`).
     pub devices: Vec<String>,
+    /// The devices in spare slots, by slot.
+    pub plugged: Vec<PluggedDevice>,
     /// Memory beyond that which the guest booted with; none if the machine has no virtio-mem device.
     pub hotplug: Option<HotplugStatus>,
 }

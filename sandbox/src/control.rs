@@ -7,7 +7,24 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader, IoSlice, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::Duration;
+
+/// [`ask`] on a thread that may block.
+///
+/// # Errors
+/// Those of [`ask`].
+pub(crate) async fn ask_later(
+    folder: &Arc<RuntimeFolder>,
+    request: Request,
+    files: Vec<File>,
+    limit: Duration,
+) -> io::Result<Response> {
+    let folder = Arc::clone(folder);
+    tokio::task::spawn_blocking(move || ask(&folder, &request, &files, limit))
+        .await
+        .unwrap_or_else(|error| Err(io::Error::other(error)))
+}
 
 /// Sends the VMM whose sockets are in `folder` one request, with descriptors of `files`, and reads
 /// its answer; each step within `limit`. Blocks.

@@ -12,6 +12,7 @@ use crate::template::identify;
 use crate::vmm::{SharedVmm, VmEnd};
 use bulkhead_proto::agent::{self, AgentClient, Streams};
 use bulkhead_proto::guest::{AGENT_PORT, STREAM_PORT};
+use bulkhead_proto::vmm::PluggedSlot;
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
@@ -139,6 +140,31 @@ impl Guest {
             return Err(broken("it answered with another generation id".into()));
         }
         Ok(())
+    }
+
+    /// Has the guest take a device into use that was plugged in; its name there.
+    #[expect(dead_code, reason = "network and storage are to use it")]
+    pub async fn attach_device(&self, slot: PluggedSlot) -> AgentResult<String> {
+        let limit = self.pace.call();
+        let request = agent::AttachDeviceRequest {
+            slot: protobuf::MessageField::some(describe(slot)),
+            ..Default::default()
+        };
+        let answer = self.agent.attach_device(within(limit), &request);
+        let answer = self.call("attach device", limit, answer).await?;
+        Ok(answer.name)
+    }
+
+    /// Has the guest let go of a device, before it is unplugged.
+    #[expect(dead_code, reason = "network and storage are to use it")]
+    pub async fn detach_device(&self, slot: PluggedSlot) -> AgentResult<()> {
+        let limit = self.pace.call();
+        let request = agent::DetachDeviceRequest {
+            slot: protobuf::MessageField::some(describe(slot)),
+            ..Default::default()
+        };
+        let answer = self.agent.detach_device(within(limit), &request);
+        self.call("detach device", limit, answer).await.map(drop)
     }
 
     /// Opens a stream to the guest.
@@ -389,6 +415,16 @@ fn kind_of(code: ttrpc::Code) -> Kind {
         ttrpc::Code::UNIMPLEMENTED => Kind::Unimplemented,
         ttrpc::Code::UNAVAILABLE => Kind::Unavailable,
         _ => Kind::Unknown,
+    }
+}
+
+/// A slot as the agent is told of it.
+fn describe(slot: PluggedSlot) -> agent::Slot {
+    agent::Slot {
+        address: slot.address,
+        irq: slot.irq,
+        number: slot.slot,
+        ..Default::default()
     }
 }
 

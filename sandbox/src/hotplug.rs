@@ -196,20 +196,15 @@ impl Machine {
     }
 
     async fn ask(&self, request: Request) -> Result<Response, HotplugError> {
-        let folder = Arc::clone(&self.folder);
-        let asked =
-            tokio::task::spawn_blocking(move || control::ask(&folder, &request, &[], STEP)).await;
-        match asked {
-            Ok(Ok(response)) => Ok(response),
-            Ok(Err(error)) => Err(HotplugError::Vmm(error.to_string())),
-            Err(error) => Err(HotplugError::Vmm(error.to_string())),
-        }
+        control::ask_later(&self.folder, request, Vec::new(), STEP)
+            .await
+            .map_err(|error| HotplugError::Vmm(error.to_string()))
     }
 }
 
 fn unexpected(response: Response) -> HotplugError {
     HotplugError::Vmm(match response {
         Response::Error { message } => message,
-        Response::Ok | Response::Status(_) => "it answered another question".into(),
+        _ => "it answered another question".into(),
     })
 }

@@ -40,6 +40,7 @@ mod process;
 mod process_ref;
 mod sandbox;
 pub mod sizing;
+mod slots;
 pub mod spec;
 mod stdio;
 pub mod template;

@@ -173,6 +173,7 @@ fn serve_control(control: &UnixListener, sockets: &str, mut events: File) -> io:
                 kvm: KvmKind::Vmx,
                 userspace_exits: 0,
                 devices: Vec::new(),
+                plugged: Vec::new(),
                 hotplug: Some(hotplug),
             })),
             other => Err(io::Error::other(format!("the double can't {other:?}"))),

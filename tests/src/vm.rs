@@ -290,8 +290,16 @@ impl Vm {
     /// # Errors
     /// When the socket breaks or the answer isn't one of the contract's.
     pub fn save(&self, files: &[File]) -> Result<Response> {
+        self.control_with(&Request::SaveTemplate {}, files)
+    }
+
+    /// Asks the VMM on its control socket, with descriptors of `files`.
+    ///
+    /// # Errors
+    /// When the socket breaks or the answer isn't one of the contract's.
+    pub fn control_with(&self, request: &Request, files: &[File]) -> Result<Response> {
         let stream = connect(&self.folder.path().join("control.sock"))?;
-        let line = serde_json::to_string(&Request::SaveTemplate {}).map_err(std::io::Error::from);
+        let line = serde_json::to_string(request).map_err(std::io::Error::from);
         let line = line.context(|| "encode a request".into())? + "\n";
         let fds: Vec<RawFd> = files.iter().map(AsRawFd::as_raw_fd).collect();
         sendmsg::<()>(

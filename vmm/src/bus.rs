@@ -4,6 +4,7 @@ use std::io::{self, Write};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use bulkhead_proto::vmm::{FIRST_SPARE_SLOT, SPARE_SLOTS};
 use vm_superio::serial::NoEvents;
 use vm_superio::{Serial, Trigger};
 
@@ -36,6 +37,8 @@ pub struct Bus {
     uart: Mutex<Uart>,
     console: Arc<Mutex<ConsoleLog>>,
     windows: Vec<Mutex<MmioTransport>>,
+    /// Windows of the spare slots, from [`FIRST_SPARE_SLOT`] on.
+    spares: Vec<Mutex<Option<Box<MmioTransport>>>>,
     /// Where memory can be plugged. What arrives here is for blocks that aren't.
     hotplug: Range<u64>,
 }
@@ -55,6 +58,7 @@ impl Bus {
             )),
             console,
             windows: devices.into_iter().map(Mutex::new).collect(),
+            spares: (0..SPARE_SLOTS).map(|_| Mutex::new(None)).collect(),
             hotplug,
         }
     }
@@ -62,8 +66,9 @@ impl Bus {
     /// A read of the guest's from a device window. Memory that isn't plugged reads as zeros, other
     /// addresses without a device as all ones.
     pub fn read(&self, address: u64, data: &mut [u8]) {
-        match self.window(address) {
-            Some((device, offset)) => locked(device).read(offset, data),
+        let read = self.with_window(address, |device, offset| device.read(offset, data));
+        match read {
+            Some(()) => {}
             None if self.hotplug.contains(&address) => data.fill(0),
             None => data.fill(0xff),
         }
@@ -71,9 +76,7 @@ impl Bus {
 
     /// A write of the guest's to a device window; addresses without a device ignore it.
     pub fn write(&self, address: u64, data: &[u8]) {
-        if let Some((device, offset)) = self.window(address) {
-            locked(device).write(offset, data);
-        }
+        let _ = self.with_window(address, |device, offset| device.write(offset, data));
     }
 
     /// A read of the guest's from a port.
@@ -169,12 +172,39 @@ impl Bus {
         Ok(())
     }
 
-    fn window(&self, address: u64) -> Option<(&Mutex<MmioTransport>, u64)> {
+    /// Puts a device into spare slot `slot`, which exists and is empty.
+    pub fn plug(&self, slot: u32, device: MmioTransport) {
+        let Some(window) = self.spare(slot) else {
+            debug_assert!(false, "there is no spare slot {slot}");
+            return;
+        };
+        *locked(window) = Some(Box::new(device));
+    }
+
+    /// Takes the device out of spare slot `slot`; none if there is none.
+    pub fn unplug(&self, slot: u32) -> Option<MmioTransport> {
+        locked(self.spare(slot)?).take().map(|device| *device)
+    }
+
+    fn spare(&self, slot: u32) -> Option<&Mutex<Option<Box<MmioTransport>>>> {
+        let index = slot.checked_sub(FIRST_SPARE_SLOT)?;
+        self.spares.get(usize::try_from(index).ok()?)
+    }
+
+    /// Calls `access` with the device at `address`, if there is one, and the offset in its window.
+    fn with_window<R>(
+        &self,
+        address: u64,
+        access: impl FnOnce(&mut MmioTransport, u64) -> R,
+    ) -> Option<R> {
         let offset = address.checked_sub(layout::MMIO_BASE)?;
-        let device = self
-            .windows
-            .get(usize::try_from(offset / MMIO_SIZE).ok()?)?;
-        Some((device, offset % MMIO_SIZE))
+        let slot = u32::try_from(offset / MMIO_SIZE).ok()?;
+        let offset = offset % MMIO_SIZE;
+        if let Some(device) = self.windows.get(usize::try_from(slot).ok()?) {
+            return Some(access(&mut locked(device), offset));
+        }
+        let mut window = locked(self.spare(slot)?);
+        Some(access(window.as_deref_mut()?, offset))
     }
 }
 

@@ -163,20 +163,29 @@ fn validate(config: &VmConfig) -> Result<(), ConfigError> {
         );
     }
     let others = devices::count(0, true, true, true);
-    let most = (layout::IRQ_END - layout::FIRST_DEVICE_IRQ) as usize - others;
+    let most = (layout::FIRST_SPARE_IRQ - layout::FIRST_DEVICE_IRQ) as usize - others;
     if config.block.len() > most {
         return out_of_range("block", &config.block.len(), format!("at most {most}"));
     }
     for block in &config.block {
-        if block.serial.len() > MAX_SERIAL || !block.serial.bytes().all(|b| b.is_ascii_graphic()) {
-            return out_of_range(
-                "block.serial",
-                &block.serial,
-                format!("at most {MAX_SERIAL} printable ASCII characters"),
-            );
-        }
+        check_serial("block.serial", &block.serial)?;
     }
     Ok(())
+}
+
+/// Whether a block device can have this serial number, the value of `key`.
+///
+/// # Errors
+/// [`ConfigError::OutOfRange`].
+pub fn check_serial(key: &'static str, serial: &str) -> Result<(), ConfigError> {
+    if serial.len() <= MAX_SERIAL && serial.bytes().all(|byte| byte.is_ascii_graphic()) {
+        return Ok(());
+    }
+    Err(ConfigError::OutOfRange {
+        key,
+        value: serial.to_owned(),
+        allowed: format!("at most {MAX_SERIAL} printable ASCII characters"),
+    })
 }
 
 /// Turns every number of the configuration into an owner, each only once.

@@ -266,7 +266,7 @@ mod tests {
 
     /// Sends `line` with as many descriptors and tells how many the handler got.
     #[test]
-    fn two_descriptors_are_taken_and_the_rest_closed() {
+    fn descriptors_are_taken_up_to_the_limit_and_the_rest_closed() {
         use nix::sys::socket::{ControlMessage, sendmsg};
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("control");
@@ -308,7 +308,7 @@ mod tests {
                 assert_eq!(nix::unistd::read(&read, &mut byte).unwrap(), 0);
             }
         }
-        assert_eq!(server.join().unwrap(), [2, 2, 0]);
+        assert_eq!(server.join().unwrap(), [2, MAX_REQUEST_DESCRIPTORS, 0]);
     }
 
     #[test]

@@ -8,13 +8,9 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Instant;
 
 use bulkhead_proto::vmm::{Event, HotplugStatus};
-use kvm_ioctls::{IoEventAddress, VmFd};
+use kvm_ioctls::VmFd;
 use thiserror::Error;
-use vm_memory::GuestMemoryMmap;
-use vmm_sys_util::eventfd::EventFd;
 
-use crate::arch::x86_64::layout;
-use crate::coalesced;
 use crate::config::BlockResource;
 use crate::event_loop::{self, EventLoop, EventLoopHandle};
 use crate::events::EventSink;
@@ -25,10 +21,11 @@ use crate::virtio::block::{Backing, BackingError, BlockDevice, BlockHandle, SetB
 use crate::virtio::console::{ConsoleDevice, ConsoleLog};
 use crate::virtio::fs::{FsDevice, FsError};
 use crate::virtio::mem::{KvmSlots, MemDevice, MemHandle, Region, ResizeError};
-use crate::virtio::mmio::{self, MMIO_SIZE, MmioTransport, PREPARING, QUEUE_NOTIFY};
+use crate::virtio::mmio::MmioTransport;
 use crate::virtio::rng::RngDevice;
 use crate::virtio::vsock::{VsockDevice, VsockError};
 use crate::virtio::{DeviceType, VirtioDevice};
+use crate::wiring::{Place, WiringError};
 
 /// Why a device could not be built.
 #[derive(Debug, Error)]
@@ -51,31 +48,9 @@ pub enum DevicesError {
     /// The file-system server.
     #[error(transparent)]
     Fs(#[from] FsError),
-    /// A register window.
+    /// A device's window.
     #[error(transparent)]
-    Mmio(#[from] mmio::Error),
-    /// An interrupt line's descriptor.
-    #[error(
-        "creating the interrupt descriptor of slot {slot}: {source}; check the limit on open files (ulimit -n)"
-    )]
-    EventFd {
-        /// Which slot.
-        slot: usize,
-        /// Its error.
-        #[source]
-        source: std::io::Error,
-    },
-    /// KVM refused a line or a notification address.
-    #[error("{call} for slot {slot}: {source}")]
-    Kvm {
-        /// The call.
-        call: &'static str,
-        /// Which slot.
-        slot: usize,
-        /// Its error.
-        #[source]
-        source: kvm_ioctls::Error,
-    },
+    Wiring(#[from] WiringError),
 }
 
 /// Why a slot's backing could not be set; nothing has changed.
@@ -180,6 +155,7 @@ pub struct Devices {
     block: Vec<BlockHandle>,
     mem: Option<MemHandle>,
     readiness: Arc<Readiness>,
+    events: EventLoopHandle,
     /// Held for their threads.
     _loops: Vec<EventLoop>,
 }
@@ -229,7 +205,8 @@ impl Devices {
             let region = Region::new(Arc::clone(region), Box::new(slots));
             let sink = context.events.clone();
             let reached = Box::new(move |mib| sink.send(&Event::HotplugReached { mib }));
-            let (device, handle) = MemDevice::new(region, context.hotplug_mib, reached, events);
+            let (device, handle) =
+                MemDevice::new(region, context.hotplug_mib, reached, events.clone());
             devices.push(Box::new(device));
             handle
         });
@@ -238,11 +215,18 @@ impl Devices {
         let windows = devices
             .into_iter()
             .enumerate()
-            .map(|(slot, device)| plug(context.vm, &context.memory.whole, slot, device))
-            .collect::<Result<Vec<_>, _>>()?;
-        if !context.ready {
-            gather_writes(context.vm, windows.len())?;
-        }
+            .map(|(slot, device)| {
+                let window = Place::of_boot_device(slot).connect(
+                    context.vm,
+                    &context.memory.whole,
+                    device,
+                )?;
+                if !context.ready {
+                    Place::of_boot_device(slot).gather_writes(context.vm)?;
+                }
+                Ok(window)
+            })
+            .collect::<Result<Vec<_>, WiringError>>()?;
         let loops: Vec<EventLoop> = file_server.into_iter().chain([event_loop]).collect();
         // They have started meanwhile.
         for event_loop in &loops {
@@ -253,6 +237,7 @@ impl Devices {
             block: handles,
             mem,
             readiness,
+            events,
             _loops: loops,
         };
         Ok((this, windows))
@@ -262,6 +247,11 @@ impl Devices {
     pub fn count_exits(&self, exits: Arc<AtomicU64>) {
         // Set once, by the one caller that builds the machine.
         let _ = self.readiness.exits.set(exits);
+    }
+
+    /// The thread that serves them, for more devices.
+    pub fn event_loop(&self) -> &EventLoopHandle {
+        &self.events
     }
 
     /// The guest has knocked.
@@ -336,43 +326,6 @@ fn block_device(
         block.read_only,
         events,
     ))
-}
-
-/// Puts a device behind window `slot`: an irqfd on its line, an ioeventfd for each queue.
-fn plug(
-    vm: &VmFd,
-    memory: &GuestMemoryMmap,
-    slot: usize,
-    device: Box<dyn VirtioDevice>,
-) -> Result<MmioTransport, DevicesError> {
-    let kvm = |call| move |source| DevicesError::Kvm { call, slot, source };
-    let irq = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
-        .map_err(|source| DevicesError::EventFd { slot, source })?;
-    vm.register_irqfd(&irq, layout::FIRST_DEVICE_IRQ + slot as u32)
-        .map_err(kvm("KVM_IRQFD"))?;
-    let window = MmioTransport::new(memory.clone(), device, irq)?;
-    let notify = layout::MMIO_BASE + slot as u64 * MMIO_SIZE + QUEUE_NOTIFY;
-    for (index, event) in window.queue_events().iter().enumerate() {
-        vm.register_ioevent(event, &IoEventAddress::Mmio(notify), index as u32)
-            .map_err(kvm("KVM_IOEVENTFD"))?;
-    }
-    Ok(window)
-}
-
-/// Spares the guest's drivers an exit for most of what they write to set up their devices; see
-/// [`coalesced`].
-fn gather_writes(vm: &VmFd, slots: usize) -> Result<(), DevicesError> {
-    for slot in 0..slots {
-        for (offset, length) in PREPARING {
-            let address = layout::MMIO_BASE + slot as u64 * MMIO_SIZE + offset;
-            coalesced::gather(vm, address, length).map_err(|source| DevicesError::Kvm {
-                call: "KVM_REGISTER_COALESCED_MMIO",
-                slot,
-                source,
-            })?;
-        }
-    }
-    Ok(())
 }
 
 /// Tells the parent, once, that the guest is ready.

@@ -22,5 +22,7 @@ pub mod probe;
 pub mod recipe;
 pub mod seccomp;
 pub mod snapshot;
+pub mod spares;
 pub mod vcpu;
 pub mod virtio;
+pub mod wiring;

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::Instant;
 
-use bulkhead_proto::vmm::{Event, ExitReason, Request, Response, Status};
+use bulkhead_proto::vmm::{Event, ExitReason, PluggedSlot, Request, Response, Status};
 use kvm_bindings::CpuId;
 use kvm_ioctls::{Kvm, VmFd};
 use vmm_sys_util::eventfd::EventFd;
@@ -20,6 +20,7 @@ use crate::memory::Memory;
 use crate::recipe::{self, BuildError};
 use crate::snapshot::save::Paused;
 use crate::snapshot::{HostKvm, SaveError, Saving, Shape};
+use crate::spares::{SpareError, Spares};
 use crate::vcpu::{VcpuEnd, Vcpus};
 use crate::virtio::console::ConsoleLog;
 
@@ -45,6 +46,7 @@ pub(crate) struct Machine {
     /// What each of them was given as its CPUID.
     pub(crate) cpuids: Vec<CpuId>,
     pub(crate) devices: Devices,
+    pub(crate) spares: Spares,
     pub(crate) bus: Arc<Bus>,
     pub(crate) vm: Arc<VmFd>,
     pub(crate) kvm: Kvm,
@@ -98,6 +100,7 @@ impl Machine {
                 kvm: self.shape.kvm,
                 userspace_exits: self.vcpus.exits().load(Ordering::Relaxed),
                 devices: self.devices.names(),
+                plugged: self.spares.plugged(),
                 hotplug: self.devices.hotplug(),
             }),
             Request::Pause {} => {
@@ -111,30 +114,20 @@ impl Machine {
                 Response::Ok
             }
             Request::SetBlockBacking { index, read_only } => {
-                match self
-                    .devices
-                    .set_backing(index, read_only, descriptors.pop())
-                {
-                    Ok(()) => Response::Ok,
-                    Err(error) => Response::Error {
-                        message: error.to_string(),
-                    },
-                }
+                let backing = descriptors.pop();
+                done(self.devices.set_backing(index, read_only, backing))
             }
-            Request::SetHotplug { mib } => match self.devices.set_hotplug(mib) {
-                Ok(()) => Response::Ok,
-                Err(error) => Response::Error {
-                    message: error.to_string(),
-                },
-            },
+            Request::SetHotplug { mib } => done(self.devices.set_hotplug(mib)),
+            Request::PlugBlock { serial, read_only } => {
+                plugged(self.spares.plug_block(&serial, read_only, descriptors))
+            }
+            Request::Unplug { slot } => done(self.spares.unplug(slot)),
             Request::SaveTemplate {} => match self.save(descriptors) {
                 Ok(()) => {
                     self.saved = true;
                     return (Response::Ok, Next::End);
                 }
-                Err(error) => Response::Error {
-                    message: error.to_string(),
-                },
+                Err(error) => refused(&error),
             },
             Request::Stop {} => return (Response::Ok, Next::End),
         };
@@ -146,6 +139,9 @@ impl Machine {
         let files = Saving::new(descriptors)?;
         if !self.devices.ready() {
             return Err(SaveError::NotReady);
+        }
+        if !self.spares.is_empty() {
+            return Err(SaveError::Plugged);
         }
         self.vcpus.pause();
         let saved = files.run(&Paused {
@@ -191,6 +187,26 @@ impl Machine {
                 }
             }
         }
+    }
+}
+
+fn done(result: Result<(), impl std::error::Error>) -> Response {
+    match result {
+        Ok(()) => Response::Ok,
+        Err(error) => refused(&error),
+    }
+}
+
+fn plugged(result: Result<PluggedSlot, SpareError>) -> Response {
+    match result {
+        Ok(slot) => Response::Plugged { slot },
+        Err(error) => refused(&error),
+    }
+}
+
+fn refused(error: &impl std::error::Error) -> Response {
+    Response::Error {
+        message: error.to_string(),
     }
 }
 

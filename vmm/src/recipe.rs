@@ -26,6 +26,7 @@ use crate::seccomp::{self, Filters, SeccompError, ThreadKind, ThreadStart};
 use crate::snapshot::restore::Verification;
 use crate::snapshot::shape::{BlockShape, Image};
 use crate::snapshot::{HostKvm, Refused, Shape, Template};
+use crate::spares::Spares;
 use crate::vcpu::{VcpuContext, Vcpus};
 use crate::virtio::console::ConsoleLog;
 
@@ -152,11 +153,18 @@ pub(crate) fn build(
     let (vcpus, cpuids) = vcpus.into_iter().unzip();
     let vcpus = start_vcpus(vcpus, &bus, &memory.whole, &ended, &on_start)?;
     devices.count_exits(vcpus.exits());
+    let spares = Spares::new(
+        Arc::clone(&vm),
+        memory.whole.clone(),
+        Arc::clone(&bus),
+        devices.event_loop().clone(),
+    );
     on_start(ThreadKind::Main);
     Ok(Machine {
         vcpus,
         cpuids,
         devices,
+        spares,
         bus,
         vm,
         kvm: resources.kvm,

@@ -70,6 +70,8 @@ const MAIN: &[i64] = &[
     libc::SYS_statx,
     libc::SYS_lseek,
     libc::SYS_getrandom,
+    // Plugging a device.
+    libc::SYS_eventfd2,
     // Saving a template.
     libc::SYS_fsync,
     libc::SYS_ftruncate,
@@ -163,7 +165,7 @@ const KVM_RUN: u64 = 0xae80;
 const KVM_GET_REGS: u64 = 0x8090_ae81;
 const KVM_TRANSLATE: u64 = 0xc018_ae85;
 /// ioctls of the main thread, which reads the state of paused vCPUs and of the VM for a template.
-/// There is none among them that sets anything.
+/// None of them sets anything.
 const SAVE: &[u64] = &[
     KVM_GET_REGS,
     0xae03,      // KVM_CHECK_EXTENSION
@@ -180,6 +182,12 @@ const SAVE: &[u64] = &[
     0xaea3,      // KVM_GET_TSC_KHZ
     0x9000_aea4, // KVM_GET_XSAVE
     0x8188_aea6, // KVM_GET_XCRS
+];
+/// ioctls of the main thread, which connects and disconnects plugged devices: it can give the guest
+/// interrupts, and have KVM tell it of writes to addresses.
+const PLUG: &[u64] = &[
+    0x4020_ae76, // KVM_IRQFD
+    0x4040_ae79, // KVM_IOEVENTFD
 ];
 /// Plugging memory. Of this process's memory, which is all that it can give to the guest, the
 /// thread that may do it holds none that the guest's own devices don't.
@@ -227,7 +235,7 @@ impl Filters {
 
 fn compile(kind: ThreadKind) -> Result<BpfProgram, seccompiler::BackendError> {
     let (calls, ioctls): (&[i64], Vec<u64>) = match kind {
-        ThreadKind::Main => (MAIN, [&[FIONBIO], SAVE].concat()),
+        ThreadKind::Main => (MAIN, [&[FIONBIO], SAVE, PLUG].concat()),
         ThreadKind::Vcpu => (VCPU, vec![KVM_RUN, KVM_GET_REGS, KVM_TRANSLATE]),
         ThreadKind::Events => (
             EVENTS,

@@ -34,7 +34,7 @@ pub(super) fn save(
         let message = match ask(folder, &Request::SaveTemplate {}, &files, limit)? {
             Response::Ok => return Ok(()),
             Response::Error { message } => message,
-            Response::Status(_) => return Err(io::Error::other("it answered another question")),
+            _ => return Err(io::Error::other("it answered another question")),
         };
         let Some(pause) = pauses.next() else {
             return Err(io::Error::other(message));

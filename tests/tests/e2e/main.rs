@@ -23,7 +23,9 @@ mod streams;
 mod templates;
 mod terminal;
 mod vm;
+mod vm_container;
 mod vm_hotplug;
+mod vm_slots;
 mod vm_template;
 mod volumes;
 
@@ -170,6 +172,11 @@ const SCENARIOS: &[Scenario] = &[
         name: "vm-hotplug",
         needs: Need::Guest,
         run: vm_hotplug::run,
+    },
+    Scenario {
+        name: "vm-slots",
+        needs: Need::Guest,
+        run: vm_slots::run,
     },
     Scenario {
         name: "vm-template",

@@ -1,15 +1,12 @@
 //! Saving a machine and continuing it, by the VMM's contract alone.
 
 use crate::vm::{ask, boot, end_of};
-use bulkhead_proto::agent::{
-    CreateRequest, CreateResponse, InfoRequest, InfoResponse, Process, StartRequest, StartResponse,
-    WaitRequest, WaitResponse,
-};
-use bulkhead_proto::guest::{AGENT_PORT, SHARE_MOUNT};
+use crate::vm_container;
+use bulkhead_proto::agent::{InfoRequest, InfoResponse};
+use bulkhead_proto::guest::AGENT_PORT;
 use bulkhead_proto::vmm::{Event, ExitReason, Request, Response, Status};
 use bulkhead_tests::Artifacts;
 use bulkhead_tests::runner::Checks;
-use bulkhead_tests::shim::spec;
 use bulkhead_tests::vm::{TemplatePaths, Vm, VmSpec};
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
@@ -23,7 +20,7 @@ const PAUSE: Duration = Duration::from_secs(5);
 /// Makes a template, or the machine that is to continue it, wrong in one place.
 type Spoil = fn(&TemplatePaths, &mut VmSpec, &Path, &Artifacts);
 
-fn status(vm: &Vm) -> Status {
+pub(crate) fn status(vm: &Vm) -> Status {
     match vm.control(&Request::Status {}).unwrap() {
         Response::Status(status) => status,
         other => panic!("not a status: {other:?}"),
@@ -47,13 +44,13 @@ fn try_save(vm: &Vm, template: &TemplatePaths) -> Response {
     }
 }
 
-fn save(vm: &Vm, template: &TemplatePaths) {
+pub(crate) fn save(vm: &Vm, template: &TemplatePaths) {
     let answer = try_save(vm, template);
     assert_eq!(answer, Response::Ok, "{}", vm.logs());
 }
 
 /// Why it is not saved.
-fn refusal(vm: &Vm, template: &TemplatePaths) -> String {
+pub(crate) fn refusal(vm: &Vm, template: &TemplatePaths) -> String {
     match try_save(vm, template) {
         Response::Error { message } => message,
         other => panic!("{other:?}"),
@@ -70,7 +67,7 @@ fn not_saved(vm: &Vm, files: &[File], why: &str) {
     info(vm);
 }
 
-fn continued(spec: &VmSpec, template: &TemplatePaths, artifacts: &Artifacts) -> Vm {
+pub(crate) fn continued(spec: &VmSpec, template: &TemplatePaths, artifacts: &Artifacts) -> Vm {
     let spec = VmSpec {
         template: Some(template.clone()),
         ..spec.clone()
@@ -84,38 +81,7 @@ fn continued(spec: &VmSpec, template: &TemplatePaths, artifacts: &Artifacts) -> 
 
 /// Runs a shell in a container and returns what it has written to /out.
 fn container(vm: &Vm, script: &str) -> String {
-    let root = vm.share().join("c/rootfs");
-    for folder in ["bin", "dev", "proc", "sys"] {
-        std::fs::create_dir_all(root.join(folder)).unwrap();
-    }
-    std::fs::copy("/bin/busybox", root.join("bin/busybox")).unwrap();
-    std::os::unix::fs::symlink("busybox", root.join("bin/sh")).unwrap();
-    let mut spec = spec(&["sh", "-c", script]);
-    spec["root"]["path"] = format!("{SHARE_MOUNT}/c/rootfs").into();
-    let id = "c".to_owned();
-    let create = CreateRequest {
-        container_id: id.clone(),
-        spec_json: spec.to_string().into_bytes(),
-        ..Default::default()
-    };
-    let fail = |error: String| -> ! { panic!("{error}; {}", vm.logs()) };
-    ask::<CreateResponse>(vm, "Create", &create).unwrap_or_else(|error| fail(error));
-    let start = StartRequest {
-        container_id: id.clone(),
-        ..Default::default()
-    };
-    ask::<StartResponse>(vm, "Start", &start).unwrap_or_else(|error| fail(error));
-    let process = Process {
-        container_id: id,
-        ..Default::default()
-    };
-    let wait = WaitRequest {
-        process: Some(process).into(),
-        ..Default::default()
-    };
-    let ended: WaitResponse = ask(vm, "Wait", &wait).unwrap_or_else(|error| fail(error));
-    assert_eq!(ended.exit_status, 0);
-    std::fs::read_to_string(root.join("out")).unwrap()
+    vm_container::run(vm, "c", script, |_| {})
 }
 
 pub fn run(checks: &mut Checks, artifacts: &Artifacts) {

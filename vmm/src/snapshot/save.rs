@@ -38,6 +38,9 @@ pub enum SaveError {
     /// Too early.
     #[error("the guest is not ready yet; ask again after the Ready event")]
     NotReady,
+    /// Clones would lack the device.
+    #[error("a device is plugged into a spare slot; unplug it first")]
+    Plugged,
     /// A device is in use.
     #[error("{0}; nothing of that survives in a template, so it must be finished before")]
     Device(#[from] StateError),

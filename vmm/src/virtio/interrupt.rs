@@ -23,6 +23,11 @@ impl Interrupt {
         }
     }
 
+    /// The descriptor that is registered as irqfd.
+    pub(super) fn line(&self) -> &EventFd {
+        &self.line
+    }
+
     /// Used buffer notification: a queue's used ring has new entries.
     pub fn used_buffers(&self) {
         self.raise(VIRTIO_MMIO_INT_VRING);

@@ -71,6 +71,9 @@ const MUCH_MEMORY: u64 = 64 << 30;
 
 /// Interrupt lines of the IO-APIC for devices. 0 to 4 are the timer, cascade and serial lines.
 pub const FIRST_DEVICE_IRQ: u32 = 5;
+/// Interrupt lines of spare slots. The guest is not told of them at its boot, and sets each up when
+/// a device is there that needs it; it takes a number of 16 and more for the pin of that number.
+pub const FIRST_SPARE_IRQ: u32 = 16;
 /// One past the last pin of KVM's IO-APIC.
 pub const IRQ_END: u32 = 24;
 

@@ -30,7 +30,7 @@ const TIMER_IRQ: u8 = 0;
 
 /// Writes the floating pointer and the configuration table for `vcpus` processors and the
 /// interrupt lines of `devices` devices. Linux prepares each line in the table when it boots: 4,000
-/// instructions.
+/// instructions. So those of spare slots are not in it.
 ///
 /// # Errors
 /// When guest memory is smaller than the layout needs.
@@ -87,7 +87,7 @@ fn configuration_table(vcpus: u8, devices: usize) -> Vec<u8> {
         c,
         d,
     ]);
-    let device_irqs = (layout::FIRST_DEVICE_IRQ as u8..layout::IRQ_END as u8).take(devices);
+    let device_irqs = (layout::FIRST_DEVICE_IRQ as u8..layout::FIRST_SPARE_IRQ as u8).take(devices);
     for irq in std::iter::once(TIMER_IRQ).chain(device_irqs) {
         push(&[
             ENTRY_IO_INTERRUPT,

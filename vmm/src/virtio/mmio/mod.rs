@@ -153,9 +153,19 @@ impl MmioTransport {
         &self.queue_events
     }
 
+    /// The interrupt's descriptor, which is registered as irqfd.
+    pub fn interrupt_line(&self) -> &EventFd {
+        self.interrupt.line()
+    }
+
     /// Which device is behind the window.
     pub fn device_type(&self) -> DeviceType {
         self.device.device_type()
+    }
+
+    /// Ends the device: nothing of it runs any more, whatever its driver has begun.
+    pub fn end(mut self) {
+        self.reset();
     }
 
     /// The guest reads `data.len()` bytes at `offset` of the window.

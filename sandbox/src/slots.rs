@@ -1,0 +1,106 @@
+//! Plugging devices into spare slots of a running VM, and unplugging them. The guest is told by
+//! [`Guest::attach_device`](crate::guest::Guest::attach_device).
+
+use crate::control;
+use crate::folder::RuntimeFolder;
+use bulkhead_proto::vmm::{PluggedSlot, Request, Response};
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// One conversation with the VMM, which does nothing in it that takes time.
+const STEP: Duration = Duration::from_secs(30);
+
+/// A device that was not plugged or unplugged.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SlotError {
+    /// The VMM refused.
+    #[error("the VMM does not {verb} the {what}: {message}")]
+    Refused {
+        /// What was tried.
+        verb: &'static str,
+        /// On what.
+        what: String,
+        /// The VMM's reason.
+        message: String,
+    },
+    /// The VMM doesn't answer as its contract says, or is gone.
+    #[error("asking the VMM to {verb} the {what}: {cause}")]
+    Broken {
+        /// What was tried.
+        verb: &'static str,
+        /// On what.
+        what: String,
+        /// Why it failed.
+        cause: io::Error,
+    },
+}
+
+/// Plugs a disk with this serial number (at most 20 characters) over a raw file or block device.
+#[expect(dead_code, reason = "storage is to use it")]
+pub(crate) async fn plug_block(
+    folder: &Arc<RuntimeFolder>,
+    serial: &str,
+    read_only: bool,
+    backing: File,
+) -> Result<PluggedSlot, SlotError> {
+    let request = Request::PlugBlock {
+        serial: serial.to_owned(),
+        read_only,
+    };
+    plug(folder, request, vec![backing], format!("disk {serial:?}")).await
+}
+
+/// Takes the device out of a slot, after the guest has let go of it or for good.
+#[expect(dead_code, reason = "network and storage are to use it")]
+pub(crate) async fn unplug(
+    folder: &Arc<RuntimeFolder>,
+    slot: PluggedSlot,
+) -> Result<(), SlotError> {
+    let what = format!("device in slot {}", slot.slot);
+    let request = Request::Unplug { slot: slot.slot };
+    match ask(folder, request, Vec::new(), "unplug", what.clone()).await? {
+        Response::Ok => Ok(()),
+        other => Err(unexpected("unplug", what, other)),
+    }
+}
+
+async fn plug(
+    folder: &Arc<RuntimeFolder>,
+    request: Request,
+    files: Vec<File>,
+    what: String,
+) -> Result<PluggedSlot, SlotError> {
+    match ask(folder, request, files, "plug", what.clone()).await? {
+        Response::Plugged { slot } => Ok(slot),
+        other => Err(unexpected("plug", what, other)),
+    }
+}
+
+async fn ask(
+    folder: &Arc<RuntimeFolder>,
+    request: Request,
+    files: Vec<File>,
+    verb: &'static str,
+    what: String,
+) -> Result<Response, SlotError> {
+    control::ask_later(folder, request, files, STEP)
+        .await
+        .map_err(|cause| SlotError::Broken { verb, what, cause })
+}
+
+fn unexpected(verb: &'static str, what: String, response: Response) -> SlotError {
+    match response {
+        Response::Error { message } => SlotError::Refused {
+            verb,
+            what,
+            message,
+        },
+        _ => SlotError::Broken {
+            verb,
+            what,
+            cause: io::Error::other("it answered another question"),
+        },
+    }
+}

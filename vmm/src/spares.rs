@@ -1,0 +1,157 @@
+//! Spare slots: device windows that are empty until a device is plugged in while the guest runs.
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use bulkhead_proto::vmm::{FIRST_SPARE_SLOT, PluggedDevice, PluggedSlot, SPARE_SLOTS};
+use kvm_ioctls::VmFd;
+use thiserror::Error;
+use vm_memory::GuestMemoryMmap;
+
+use crate::bus::Bus;
+use crate::config::{ConfigError, check_serial};
+use crate::event_loop::EventLoopHandle;
+use crate::virtio::block::{Backing, BackingError, BlockDevice};
+use crate::virtio::{DeviceType, VirtioDevice};
+use crate::wiring::{Place, WiringError};
+
+/// Why a device was not plugged or unplugged; nothing has changed.
+#[derive(Debug, Error)]
+pub enum SpareError {
+    /// A value of the request.
+    #[error(transparent)]
+    Value(#[from] ConfigError),
+    /// What came with the request.
+    #[error(
+        "the request came with {found} descriptors, it takes {expected}; send them with it as SCM_RIGHTS"
+    )]
+    Descriptors {
+        /// How many came.
+        found: usize,
+        /// How many there should be.
+        expected: &'static str,
+    },
+    /// A block device's backing.
+    #[error(transparent)]
+    Backing(#[from] BackingError),
+    /// No slot is left.
+    #[error("all spare slots are in use; unplug a device first")]
+    Full,
+    /// Nothing to unplug.
+    #[error(
+        "there is no device in slot {0}, or it is no spare slot; the status names those in use"
+    )]
+    Empty(u32),
+    /// The device's window.
+    #[error(transparent)]
+    Wiring(#[from] WiringError),
+}
+
+/// The machine's spare slots and what is in them.
+pub struct Spares {
+    vm: Arc<VmFd>,
+    /// What devices work on.
+    memory: GuestMemoryMmap,
+    bus: Arc<Bus>,
+    events: EventLoopHandle,
+    plugged: BTreeMap<u32, DeviceType>,
+}
+
+impl Spares {
+    /// Empty slots of `bus`, for devices that work on `memory` in `events`.
+    pub fn new(
+        vm: Arc<VmFd>,
+        memory: GuestMemoryMmap,
+        bus: Arc<Bus>,
+        events: EventLoopHandle,
+    ) -> Self {
+        Self {
+            vm,
+            memory,
+            bus,
+            events,
+            plugged: BTreeMap::new(),
+        }
+    }
+
+    /// Whether no device is plugged.
+    pub fn is_empty(&self) -> bool {
+        self.plugged.is_empty()
+    }
+
+    /// The devices by slot.
+    pub fn plugged(&self) -> Vec<PluggedDevice> {
+        self.plugged
+            .iter()
+            .map(|(slot, device)| PluggedDevice {
+                slot: *slot,
+                device: device.name().to_owned(),
+            })
+            .collect()
+    }
+
+    /// Plugs a block device over the one descriptor of `backing`.
+    ///
+    /// # Errors
+    /// [`SpareError`].
+    pub fn plug_block(
+        &mut self,
+        serial: &str,
+        read_only: bool,
+        backing: Vec<OwnedFd>,
+    ) -> Result<PluggedSlot, SpareError> {
+        check_serial("serial", serial)?;
+        let found = backing.len();
+        let [file] = <[OwnedFd; 1]>::try_from(backing).map_err(|_| SpareError::Descriptors {
+            found,
+            expected: "one, of the backing",
+        })?;
+        let backing = Backing::new(file.into())?;
+        let (device, _) = BlockDevice::new(serial, Some(backing), read_only, self.events.clone());
+        self.plug(Box::new(device))
+    }
+
+    /// Takes the device out of `slot`. What its driver has begun is not finished.
+    ///
+    /// # Errors
+    /// [`SpareError::Empty`].
+    pub fn unplug(&mut self, slot: u32) -> Result<(), SpareError> {
+        let (place, window) = Place::of_spare(slot)
+            .and_then(|place| Some((place, self.bus.unplug(slot)?)))
+            .ok_or(SpareError::Empty(slot))?;
+        // No further notifications, then no worker, then no line to raise.
+        place.disconnect(&self.vm, &window);
+        window.end();
+        self.plugged.remove(&slot);
+        Ok(())
+    }
+
+    fn plug(&mut self, device: Box<dyn VirtioDevice>) -> Result<PluggedSlot, SpareError> {
+        let place = self.free_place().ok_or(SpareError::Full)?;
+        let kind = device.device_type();
+        let window = place.connect(&self.vm, &self.memory, device)?;
+        self.bus.plug(place.slot, window);
+        self.plugged.insert(place.slot, kind);
+        Ok(PluggedSlot {
+            slot: place.slot,
+            address: place.address(),
+            irq: place.irq,
+        })
+    }
+
+    /// The first free slot of those whose line has the fewest devices: an interrupt costs the guest
+    /// a look at each device on its line.
+    fn free_place(&self) -> Option<Place> {
+        let sharing = |irq| {
+            self.plugged
+                .keys()
+                .filter(|slot| Place::of_spare(**slot).is_some_and(|place| place.irq == irq))
+                .count()
+        };
+        (FIRST_SPARE_SLOT..FIRST_SPARE_SLOT + SPARE_SLOTS)
+            .filter(|slot| !self.plugged.contains_key(slot))
+            .filter_map(Place::of_spare)
+            .min_by_key(|place| sharing(place.irq))
+    }
+}
