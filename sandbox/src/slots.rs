@@ -38,7 +38,6 @@ pub(crate) enum SlotError {
 }
 
 /// Plugs a disk with this serial number (at most 20 characters) over a raw file or block device.
-#[expect(dead_code, reason = "storage is to use it")]
 pub(crate) async fn plug_block(
     folder: &Arc<RuntimeFolder>,
     serial: &str,
@@ -53,7 +52,6 @@ pub(crate) async fn plug_block(
 }
 
 /// Takes the device out of a slot, after the guest has let go of it or for good.
-#[expect(dead_code, reason = "network and storage are to use it")]
 pub(crate) async fn unplug(
     folder: &Arc<RuntimeFolder>,
     slot: PluggedSlot,

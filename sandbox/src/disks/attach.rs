@@ -64,9 +64,9 @@ impl Attached {
             .await
             .map_err(|error| failed(error.to_string()))?;
         self.slots.push(slot);
-        let found = guest.attach_device(slot).await;
-        let found = found.map_err(|error| failed(error.to_string()))?;
-        Ok((found.major.into(), found.minor.into()))
+        let found = guest.attach_disk(slot).await;
+        let (major, minor) = found.map_err(|error| failed(error.to_string()))?;
+        Ok((major.into(), minor.into()))
     }
 
     /// Takes them out again, as far as they can be. Without a guest that answers, the disks just

@@ -3,12 +3,13 @@
 
 use super::{AfterStop, Container, Done, Owner, Running, Vm, memory};
 use crate::boot::{self, BootError, BootPlan};
+use crate::disks::Attached;
 use crate::error::{Error, Result};
 use crate::folder::StateFile;
 use crate::guest::Guest;
 use crate::hotplug::Hotplug;
 use crate::ids::{ContainerId, ProcessId};
-use crate::ops;
+use crate::ops::{self, SetUp};
 use crate::pod::Role;
 use crate::pod_files;
 use crate::prepare::{self, Prepared};

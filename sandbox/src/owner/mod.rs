@@ -28,7 +28,7 @@ use crate::guest::Guest;
 use crate::hotplug::Hotplug;
 use crate::ids::{ContainerId, ExecId, Namespace, ProcessId, SandboxId};
 use crate::mounts::RootfsMount;
-use crate::ops::AddedExec;
+use crate::ops::{AddedExec, SetUp};
 use crate::pod::{PodSettings, Role};
 use crate::prepare::Prepared;
 use crate::process::{ExitStatus, Phase, Process, Reply, Status};

@@ -42,7 +42,10 @@ fn exec(bundle: &Bundle, shim: &Shim<'_>, id: &str, script: &str) -> String {
 fn host(program: &str, arguments: &[&str]) -> (bool, String) {
     let output = Command::new(program).args(arguments).output().unwrap();
     let text = [output.stdout, output.stderr].concat();
-    (output.status.success(), String::from_utf8_lossy(&text).into_owned())
+    (
+        output.status.success(),
+        String::from_utf8_lossy(&text).into_owned(),
+    )
 }
 
 #[track_caller]
@@ -70,7 +73,10 @@ impl Disks {
         disks.layer("top", |at| {
             fs::create_dir_all(at.join("etc")).unwrap();
             fs::write(at.join("etc/both"), "upper\n").unwrap();
-            succeed("mknod", &[at.join("etc/gone").to_str().unwrap(), "c", "0", "0"]);
+            succeed(
+                "mknod",
+                &[at.join("etc/gone").to_str().unwrap(), "c", "0", "0"],
+            );
             symlink("both", at.join("etc/link")).unwrap();
         });
         disks.layer("seed", |at| {
@@ -129,7 +135,10 @@ impl Disks {
         let (clean, output) = host("e2fsck", &["-f", "-n", &image]);
         assert!(clean, "{disk}: {output}");
         let request = format!("cat {path}");
-        let output = Command::new("debugfs").args(["-R", &request, &image]).output().unwrap();
+        let output = Command::new("debugfs")
+            .args(["-R", &request, &image])
+            .output()
+            .unwrap();
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 }
@@ -138,7 +147,11 @@ impl Disks {
 fn block_device() -> Option<(PathBuf, u64)> {
     let all = fs::read_dir("/sys/block").ok()?;
     let found = all.flatten().find_map(|entry| {
-        let size: u64 = fs::read_to_string(entry.path().join("size")).ok()?.trim().parse().ok()?;
+        let size: u64 = fs::read_to_string(entry.path().join("size"))
+            .ok()?
+            .trim()
+            .parse()
+            .ok()?;
         let path = Path::new("/dev").join(entry.file_name());
         (size > 0 && path.exists()).then_some(path)
     })?;
@@ -187,13 +200,20 @@ pub fn run(checks: &mut Checks, artifacts: &Artifacts) {
 }
 
 fn root(checks: &mut Checks, bundle: &Bundle, shim: &Shim<'_>, disks: &Disks) {
-    checks.check("layers lie one over the other, and changes are in the writable one", || {
-        let script = "cat /etc/both /etc/link; ls /etc; echo changed >/etc/both; rm /etc/link; \
+    checks.check(
+        "layers lie one over the other, and changes are in the writable one",
+        || {
+            let script = "cat /etc/both /etc/link; ls /etc; echo changed >/etc/both; rm /etc/link; \
             echo note >/note; cat /etc/both; stat -f -c %T /; sync";
-        let output = exec(bundle, shim, "layers", script);
-        let lines: Vec<&str> = output.lines().collect();
-        assert_eq!(lines, ["upper", "upper", "both", "link", "changed", "overlayfs"], "{output}");
-    });
+            let output = exec(bundle, shim, "layers", script);
+            let lines: Vec<&str> = output.lines().collect();
+            assert_eq!(
+                lines,
+                ["upper", "upper", "both", "link", "changed", "overlayfs"],
+                "{output}"
+            );
+        },
+    );
     checks.check("the writable layer has an end, and the container lives on after it", || {
         let script = "dd if=/dev/zero of=/fill bs=64k 2>&1 | grep -o 'No space left'; rm /fill; \
             echo after >/after; cat /after";
@@ -204,7 +224,10 @@ fn root(checks: &mut Checks, bundle: &Bundle, shim: &Shim<'_>, disks: &Disks) {
     checks.check("a disk that is written to is nobody else's", || {
         let file = fs::File::open(disks.path("rw.img")).unwrap();
         assert!(file.try_lock_shared().is_err());
-        fs::File::open(disks.path("base.erofs")).unwrap().try_lock_shared().unwrap();
+        fs::File::open(disks.path("base.erofs"))
+            .unwrap()
+            .try_lock_shared()
+            .unwrap();
     });
 }
 
@@ -228,14 +251,23 @@ fn volumes(
     let Some((path, _)) = device else {
         return eprintln!("no block device here");
     };
-    checks.check("a block device of the host's has its bytes, and its rules", || {
-        let on_host = succeed("sh", &["-c", &format!("head -c 65536 {} | sha256sum", path.display())]);
-        let script = "head -c 65536 /dev/xvda | sha256sum; echo x 2>&1 >/dev/xvda; true";
-        let output = exec(bundle, shim, "device", script);
-        let (sum, refused) = output.split_once('\n').unwrap();
-        assert_eq!(sum, on_host.trim_end());
-        assert!(refused.contains("not permitted"), "{output}");
-    });
+    checks.check(
+        "a block device of the host's has its bytes, and its rules",
+        || {
+            let on_host = succeed(
+                "sh",
+                &[
+                    "-c",
+                    &format!("head -c 65536 {} | sha256sum", path.display()),
+                ],
+            );
+            let script = "head -c 65536 /dev/xvda | sha256sum; echo x 2>&1 >/dev/xvda; true";
+            let output = exec(bundle, shim, "device", script);
+            let (sum, refused) = output.split_once('\n').unwrap();
+            assert_eq!(sum, on_host.trim_end());
+            assert!(refused.contains("not permitted"), "{output}");
+        },
+    );
 }
 
 fn ended(checks: &mut Checks, shim: &Shim<'_>, disks: &Disks) {
@@ -246,7 +278,10 @@ fn ended(checks: &mut Checks, shim: &Shim<'_>, disks: &Disks) {
         assert_eq!(disks.read("rw.img", "/upper/note"), "note\n");
         assert_eq!(disks.read("rw.img", "/upper/etc/both"), "changed\n");
         assert_eq!(disks.read("data.img", "/kept"), "kept\n");
-        fs::File::open(disks.path("rw.img")).unwrap().try_lock().unwrap();
+        fs::File::open(disks.path("rw.img"))
+            .unwrap()
+            .try_lock()
+            .unwrap();
     });
 }
 
@@ -256,11 +291,21 @@ fn killed(checks: &mut Checks, bundle: &Bundle, shim: &Shim<'_>, disks: &Disks) 
     let Some(shim) = checks.require("a further container goes on with the same disks", || {
         shim.shutdown(V).unwrap();
         fs::create_dir(&small).unwrap();
-        mount(Some("tmpfs"), &small, Some("tmpfs"), MsFlags::empty(), Some("size=1m")).unwrap();
+        mount(
+            Some("tmpfs"),
+            &small,
+            Some("tmpfs"),
+            MsFlags::empty(),
+            Some("size=1m"),
+        )
+        .unwrap();
         // Larger than what it is on.
         let full = small.join("full.img");
         fs::File::create(&full).unwrap().set_len(16 << 20).unwrap();
-        succeed("mkfs.ext4", &["-q", "-F", "-O", "^has_journal", full.to_str().unwrap()]);
+        succeed(
+            "mkfs.ext4",
+            &["-q", "-F", "-O", "^has_journal", full.to_str().unwrap()],
+        );
         let mut spec = spec(&["sh", "-c", "sleep 100000; true"]);
         let volume = json!({ "destination": "/full", "type": "ext4", "source": full });
         spec["mounts"].as_array_mut().unwrap().push(volume);
@@ -268,7 +313,10 @@ fn killed(checks: &mut Checks, bundle: &Bundle, shim: &Shim<'_>, disks: &Disks) 
         let shim = bundle.start().unwrap();
         shim.create_rooted(V, [""; 3], &disks.root()).unwrap();
         shim.start_process(V, "").unwrap();
-        assert_eq!(exec(bundle, &shim, "again", "cat /note /etc/both"), "note\nchanged\n");
+        assert_eq!(
+            exec(bundle, &shim, "again", "cat /note /etc/both"),
+            "note\nchanged\n"
+        );
         shim
     }) else {
         return;
@@ -287,7 +335,11 @@ fn killed(checks: &mut Checks, bundle: &Bundle, shim: &Shim<'_>, disks: &Disks) 
         shim.shutdown(V).unwrap();
         // The journal is replayed, as at the next mount.
         let (_, replayed) = host("e2fsck", &["-p", &disks.path("rw.img")]);
-        assert_eq!(disks.read("rw.img", "/upper/synced"), "synced\n", "{replayed}");
+        assert_eq!(
+            disks.read("rw.img", "/upper/synced"),
+            "synced\n",
+            "{replayed}"
+        );
         umount(&small).unwrap();
     });
 }
