@@ -89,7 +89,9 @@ fn check(request: &CreateContainer, context: &Context) -> Result<Prepared> {
     guest.storage.splice(..0, root.storage);
     let devices = volumes::devices(&guest.spec, &request.id)?;
     let mut disks = root.disks;
-    disks.extend(volumes::mounts(&mut guest.spec, &request.id));
+    let (more, storage) = volumes::mounts(&mut guest.spec, &request.id);
+    disks.extend(more);
+    guest.storage.extend(storage);
     if let Some(process) = guest.spec.process_mut() {
         process.set_terminal(Some(request.stdio.terminal));
     }

@@ -3,10 +3,15 @@
 
 use super::{Disk, DiskError, FILE_SYSTEMS};
 use crate::ids::ContainerId;
+use bulkhead_proto::agent::StorageMount;
+use bulkhead_proto::guest::STORAGE_MOUNT;
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceType, Mount, Spec};
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+
+/// Kinds of propagation, which are the container's mount's; each also with an r in front.
+const PROPAGATION: [&str; 4] = ["private", "shared", "slave", "unbindable"];
 
 /// Major and minor number of a device.
 pub(crate) type Number = (i64, i64);
@@ -20,22 +25,36 @@ pub(crate) struct DeviceDisk {
     pub host: Number,
 }
 
-/// Gives `spec`'s mounts of disks their sources in the guest; what has to be attached.
-pub(crate) fn mounts(spec: &mut Spec, id: &ContainerId) -> Vec<Disk> {
+/// Makes `spec`'s mounts of disks binds of what the guest mounts; what has to be attached, and that.
+///
+/// The container's own process could not mount them: the rules of its devices hold for it already.
+pub(crate) fn mounts(spec: &mut Spec, id: &ContainerId) -> (Vec<Disk>, Vec<StorageMount>) {
     let owner = format!("{id}/mounts");
-    let mut disks = Vec::new();
+    let (mut disks, mut storage) = (Vec::new(), Vec::new());
     for mount in spec.mounts_mut().iter_mut().flatten() {
         let Some(path) = source(mount) else { continue };
-        let has = |name: &str| mount.options().iter().flatten().any(|word| word == name);
-        let read_only = mount.typ().as_deref() == Some("erofs") || has("ro");
+        let kind = mount.typ().clone().unwrap_or_default();
+        let words = mount.options().clone().unwrap_or_default();
+        let read_only = kind == "erofs" || words.iter().any(|word| word == "ro");
         let disk = Disk::new(&path, read_only, &owner, disks.len());
-        mount.set_source(Some(disk.in_guest()));
-        if let Some(options) = mount.options_mut() {
-            options.retain(|word| word != "loop");
-        }
+        let target = format!("containers/{id}/volume{}", disks.len());
+        let propagation = |word: &String| PROPAGATION.contains(&word.trim_start_matches('r'));
+        let (mut bind, mut options): (Vec<_>, Vec<_>) = words.into_iter().partition(propagation);
+        options.retain(|word| word != "loop");
+        bind.push("bind".into());
+        mount.set_typ(Some("bind".into()));
+        mount.set_source(Some(Path::new(STORAGE_MOUNT).join(&target)));
+        mount.set_options(Some(bind));
+        storage.push(StorageMount {
+            target,
+            type_: kind,
+            source: disk.in_guest().display().to_string(),
+            options,
+            ..Default::default()
+        });
         disks.push(disk);
     }
-    disks
+    (disks, storage)
 }
 
 /// The file or block device that is mounted.
@@ -146,17 +165,20 @@ mod tests {
         fs::write(&image, [0; 512]).unwrap();
         let mounts_of = json!([
             {"destination": "/proc", "type": "proc", "source": "proc"},
-            {"destination": "/data", "type": "ext4", "source": image, "options": ["loop", "noatime"]},
+            {"destination": "/data", "type": "ext4", "source": image, "options": ["loop", "noatime", "rslave"]},
             {"destination": "/bound", "type": "ext4", "source": image, "options": ["bind"]},
             {"destination": "/seed", "type": "erofs", "source": image},
         ]);
         let mut spec = spec(mounts_of, json!({}));
-        let disks = mounts(&mut spec, &id());
+        let (disks, storage) = mounts(&mut spec, &id());
         let found: Vec<_> = disks.iter().map(|disk| disk.read_only).collect();
         assert_eq!(found, [false, true]);
         let after = spec.mounts().as_ref().unwrap();
-        assert_eq!(after[1].source().as_ref(), Some(&disks[0].in_guest()));
-        assert_eq!(after[1].options().as_ref().unwrap(), &["noatime"]);
+        let place = Path::new(STORAGE_MOUNT).join(&storage[0].target);
+        assert_eq!(after[1].source().as_ref(), Some(&place));
+        assert_eq!(after[1].options().as_ref().unwrap(), &["rslave", "bind"]);
+        assert_eq!(storage[0].options, ["noatime"]);
+        assert_eq!(storage[0].source, disks[0].in_guest().display().to_string());
         assert_eq!(after[2].source().as_ref(), Some(&image));
     }
 
