@@ -19,6 +19,7 @@ mod shim_restart;
 mod shim_sandbox;
 mod shim_storm;
 mod shim_task;
+mod snapshotters;
 mod streams;
 mod templates;
 mod terminal;
@@ -72,6 +73,16 @@ const SCENARIOS: &[Scenario] = &[
         name: "disks",
         needs: Need::Guest,
         run: disks::run,
+    },
+    Scenario {
+        name: "rootfs-erofs",
+        needs: Need::CurrentContainerd,
+        run: snapshotters::erofs,
+    },
+    Scenario {
+        name: "rootfs-blockfile",
+        needs: Need::CurrentContainerd,
+        run: snapshotters::blockfile,
     },
     Scenario {
         name: "conformance",
