@@ -74,23 +74,25 @@ pub fn standard_descriptors() -> rustix::io::Result<OwnedFd> {
 /// The kernel gives PID 1 only 1024 descriptors, and every process with three streams takes seven.
 /// Processes get the values that systemd gives to services, unless their spec sets others: few at
 /// first, because old programs use select(2), and many for those that ask. Outside of a guest the
-/// limits of whoever started the agent stay.
+/// agent takes as many as whoever started it allows.
 pub fn raise_descriptor_limit(surroundings: &Surroundings) -> rustix::io::Result<()> {
-    if matches!(surroundings, Surroundings::Outside { .. }) {
-        return Ok(());
-    }
+    let maximum = match surroundings {
+        Surroundings::Guest => Some(MAX_DESCRIPTORS),
+        Surroundings::Outside { .. } => rustix::process::getrlimit(Resource::Nofile).maximum,
+    };
     let limit = Rlimit {
-        current: Some(MAX_DESCRIPTORS),
-        maximum: Some(MAX_DESCRIPTORS),
+        current: maximum,
+        maximum,
     };
     rustix::process::setrlimit(Resource::Nofile, limit)
 }
 
 /// In a process whose spec sets no RLIMIT_NOFILE.
 pub fn lower_descriptor_limit() -> rustix::io::Result<()> {
+    let maximum = rustix::process::getrlimit(Resource::Nofile).maximum;
     let limit = Rlimit {
-        current: Some(FIRST_DESCRIPTORS),
-        maximum: rustix::process::getrlimit(Resource::Nofile).maximum,
+        current: Some(FIRST_DESCRIPTORS.min(maximum.unwrap_or(FIRST_DESCRIPTORS))),
+        maximum,
     };
     rustix::process::setrlimit(Resource::Nofile, limit)
 }

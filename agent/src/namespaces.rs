@@ -194,6 +194,16 @@ impl NamespacePlan {
         self.clone_flags & libc::CLONE_NEWPID != 0
     }
 
+    /// Whether the container gets a new network namespace.
+    pub fn own_net(&self) -> bool {
+        self.clone_flags & libc::CLONE_NEWNET != 0
+    }
+
+    /// Whether the container gets a new IPC namespace.
+    pub fn own_ipc(&self) -> bool {
+        self.clone_flags & libc::CLONE_NEWIPC != 0
+    }
+
     /// In the container's first process: joins and makes what clone couldn't, and sets up what is
     /// inside. It is in the new namespaces `born` and in `spares` already.
     pub fn set_up(&self, born: i32, spares: &Taken) -> Result<(), Failure> {

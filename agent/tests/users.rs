@@ -164,6 +164,27 @@ async fn its_own_administrator_cannot_make_read_only_mounts_writable() {
 }
 
 #[tokio::test]
+async fn a_pods_ipc_comes_with_its_message_queues() {
+    if !host_is_able() {
+        return;
+    }
+    let agent = Agent::start().await;
+    let mut spec = mapped(&agent, "c1", &["grep", " /dev/mqueue ", "/proc/mounts"]);
+    let namespaces = spec["linux"]["namespaces"].as_array_mut().expect("a list");
+    namespaces.retain(|namespace| namespace["type"] != "ipc");
+    let mount = json!({"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue",
+        "options": ["nosuid", "noexec", "nodev"]});
+    let spec = with(spec, "/mounts/-", mount);
+    let (code, out, err) = agent.run("c1", &spec).await;
+    assert_eq!(code, 0, "{out} {err}");
+    let options = out.split_whitespace().nth(3).unwrap_or_default();
+    for option in ["nosuid", "noexec", "nodev"] {
+        assert!(options.split(',').any(|one| one == option), "{out}");
+    }
+    agent.assert_nothing_left();
+}
+
+#[tokio::test]
 async fn refusals_leave_nothing() {
     if !host_is_able() {
         return;

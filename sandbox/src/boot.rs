@@ -4,6 +4,7 @@
 use crate::config::{Config, Console};
 use crate::folder::{FolderError, RuntimeFolder, StateFile};
 use crate::guest::{AgentError, Guest};
+use crate::host_cgroup::{HostCgroup, HostCgroupError};
 use crate::ids::SandboxId;
 use crate::images::{ImageError, Images};
 use crate::pace::{Pace, VMM_SETUP};
@@ -32,6 +33,9 @@ pub enum BootError {
     /// This process can't be named.
     #[error("cannot read this process's start time: {0}")]
     Own(io::Error),
+    /// The VMM can't be put into the sandbox's cgroup.
+    #[error(transparent)]
+    Cgroup(#[from] HostCgroupError),
     /// The configuration didn't reach the VMM.
     #[error("cannot hand the configuration to the VMM: {cause}{log}")]
     Configure {
@@ -106,6 +110,8 @@ pub(crate) struct BootPlan {
     pub folder: RuntimeFolder,
     pub size: MachineSize,
     pub netns: HostNetns,
+    /// Where the VMM runs.
+    pub cgroup: HostCgroup,
     /// What the guest itself is called; containers set their own.
     pub hostname: Option<String>,
 }
@@ -139,6 +145,7 @@ pub(crate) async fn start_in_folder(
         folder: &plan.folder,
         size: plan.size,
         netns: &plan.netns,
+        cgroup: Some(&plan.cgroup),
         images,
         template: template.map(|template| (template, plan.hostname.as_deref())),
         dies_with_us: false,
@@ -160,6 +167,8 @@ pub(crate) struct Launch<'a> {
     pub folder: &'a RuntimeFolder,
     pub size: MachineSize,
     pub netns: &'a HostNetns,
+    /// Where the VMM runs; none for the caller's own.
+    pub cgroup: Option<&'a HostCgroup>,
     pub images: &'a Images,
     /// What to continue instead of booting, and the host name that the clone gets.
     pub template: Option<(&'a Template, Option<&'a str>)>,
@@ -176,6 +185,9 @@ pub(crate) async fn launch(launch: Launch<'_>) -> Result<Up, BootError> {
         shim,
         vmm: None,
         containers: BTreeMap::new(),
+        cgroup: launch
+            .cgroup
+            .map(|cgroup| cgroup.clone().noting_what_is_missing()),
     };
     folder.write_state(&state)?;
     let unconfigured = Vmm::spawn(VmmStart {
@@ -192,6 +204,11 @@ pub(crate) async fn launch(launch: Launch<'_>) -> Result<Up, BootError> {
     })?;
     state.vmm = Some(unconfigured.vmm.process);
     folder.write_state(&state)?;
+    if let Err(error) = place(&state, launch.size).await {
+        unconfigured.vmm.kill();
+        unconfigured.vmm.wait().await;
+        return Err(error.into());
+    }
     let (vmm, events) = unconfigured
         .configure()
         .map_err(|cause| BootError::Configure {
@@ -214,6 +231,24 @@ pub(crate) async fn launch(launch: Launch<'_>) -> Result<Up, BootError> {
         "the guest is up"
     );
     Ok((guest, state))
+}
+
+/// Puts a VMM that hasn't begun into its cgroup.
+async fn place(state: &StateFile, size: MachineSize) -> Result<(), HostCgroupError> {
+    let (Some(cgroup), Some(vmm)) = (state.cgroup.clone(), state.vmm) else {
+        return Ok(());
+    };
+    let path = cgroup.path().to_owned();
+    let placed = move || cgroup.place(vmm.pid, size.memory_mib.into());
+    // Moving a process makes the kernel wait for others.
+    let placed = tokio::task::spawn_blocking(placed).await;
+    placed.unwrap_or_else(|error| {
+        Err(HostCgroupError {
+            verb: "put the VMM into",
+            path,
+            cause: error.to_string(),
+        })
+    })
 }
 
 /// From a configured VMM to an agent that can be used. A clone, told by the host name that it may

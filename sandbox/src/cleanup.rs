@@ -100,8 +100,10 @@ fn kill(process: ProcessRef, folder: &RuntimeFolder) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::host_cgroup::HostCgroup;
     use crate::ids::{Namespace, SandboxId};
     use std::collections::BTreeMap;
+    use std::path::PathBuf;
     use std::process::{Child, Command};
 
     struct Pod {
@@ -123,6 +125,10 @@ mod tests {
             let folder = RuntimeFolder::new(&dir.path().join("run"), &namespace, &id);
             folder.create().unwrap();
             let vmm = sleeper();
+            let cgroup = format!("/bulkhead-test-{}/s1", vmm.id());
+            let cgroup = HostCgroup::named(Some(Path::new(&cgroup)), &namespace, &id).unwrap();
+            let cgroup = cgroup.noting_what_is_missing();
+            cgroup.place(vmm.id(), 32).unwrap();
             let gone = ProcessRef {
                 pid: 1,
                 start_time: u64::MAX,
@@ -138,6 +144,7 @@ mod tests {
                 shim: shim.map_or(gone, |shim| ProcessRef::of(shim.id()).unwrap()),
                 vmm: Some(ProcessRef::of(vmm.id()).unwrap()),
                 containers,
+                cgroup: Some(cgroup),
             };
             folder.write_state(&state).unwrap();
             Self { dir, folder, vmm }
@@ -149,6 +156,14 @@ mod tests {
                 &ContainerId::try_from(id).unwrap(),
             )
             .unwrap()
+        }
+
+        fn cgroup_is_there(&self) -> bool {
+            let name = format!("bulkhead-test-{}", self.vmm.id());
+            let mut found = vec![PathBuf::from("/sys/fs/cgroup")];
+            let below = std::fs::read_dir("/sys/fs/cgroup").unwrap();
+            found.extend(below.map(|entry| entry.unwrap().path()));
+            found.iter().any(|root| root.join(&name).exists())
         }
 
         fn vmm_lives(&self) -> bool {
@@ -178,7 +193,7 @@ mod tests {
                 sandbox_ended: true
             }
         );
-        assert!(!pod.vmm_lives() && !pod.folder.path().exists());
+        assert!(!pod.vmm_lives() && !pod.folder.path().exists() && !pod.cgroup_is_there());
         assert!(pod.clean("s1").sandbox_ended);
         assert!(pod.clean("c2").sandbox_ended);
     }
@@ -203,7 +218,7 @@ mod tests {
         let mut shim = sleeper();
         let pod = Pod::new(Some(&shim));
         assert!(!pod.clean("c2").sandbox_ended);
-        assert!(pod.vmm_lives() && pod.folder.path().exists());
+        assert!(pod.vmm_lives() && pod.folder.path().exists() && pod.cgroup_is_there());
         assert!(pod.clean("s1").sandbox_ended);
         assert!(!pod.vmm_lives());
         assert!(!ProcessRef::of(shim.id()).unwrap().is_alive());

@@ -10,6 +10,7 @@
 //!   shared/        the share's root: the skeleton, bound read-only, with the mounts on top
 //! ```
 
+use crate::host_cgroup::{HostCgroup, HostCgroupError};
 use crate::ids::{ContainerId, Namespace, SandboxId};
 use crate::mounts::{MountError, mount_share, unmount_tree};
 use crate::process_ref::ProcessRef;
@@ -60,6 +61,9 @@ pub enum FolderError {
     /// The share can't be mounted or unmounted.
     #[error(transparent)]
     Mount(#[from] MountError),
+    /// The cgroup that the VMM ran in can't be removed.
+    #[error(transparent)]
+    Cgroup(#[from] HostCgroupError),
 }
 
 fn fail<'a>(verb: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> FolderError + 'a {
@@ -80,6 +84,8 @@ pub(crate) struct StateFile {
     pub vmm: Option<ProcessRef>,
     /// The bundles of all containers, by id.
     pub containers: BTreeMap<String, PathBuf>,
+    /// Where the VMM runs; none for a VM that is nobody's sandbox.
+    pub cgroup: Option<HostCgroup>,
 }
 
 /// The path of a sandbox's folder.
@@ -198,6 +204,9 @@ impl RuntimeFolder {
     pub(crate) fn remove(&self) -> Result<(), FolderError> {
         // All mounts must be gone before anything is removed, or removal would go through them.
         unmount_tree(&self.path)?;
+        if let Some(cgroup) = self.read_state()?.and_then(|state| state.cgroup) {
+            cgroup.remove()?;
+        }
         match fs::remove_dir_all(&self.path) {
             Ok(()) => {}
             Err(cause) if cause.kind() == ErrorKind::NotFound => {}
@@ -467,6 +476,7 @@ mod tests {
                 shim,
                 vmm: None,
                 containers: BTreeMap::new(),
+                cgroup: None,
             })
             .unwrap();
         assert!(matches!(folder.create(), Err(FolderError::InUse { .. })));

@@ -5,6 +5,7 @@
 use crate::Kind;
 use crate::control;
 use crate::folder::RuntimeFolder;
+use crate::host_cgroup::{HostCgroup, HostCgroupError};
 use crate::pace::Pace;
 use crate::vmm::SharedVmm;
 use bulkhead_proto::vmm::{HOTPLUG_BLOCK_MIB, HotplugStatus, Request, Response};
@@ -76,13 +77,20 @@ enum Wish {
 
 impl Hotplug {
     /// For a VM into which up to `limit_mib` MiB can be plugged. Must be called on the runtime.
-    pub fn new(folder: RuntimeFolder, vmm: SharedVmm, pace: Pace, limit_mib: u32) -> Self {
+    pub fn new(
+        folder: RuntimeFolder,
+        vmm: SharedVmm,
+        pace: Pace,
+        limit_mib: u32,
+        bound: MemoryBound,
+    ) -> Self {
         let (wishes, wished) = mpsc::unbounded_channel();
         let machine = Machine {
             folder: Arc::new(folder),
             vmm,
             pace,
             requested: 0,
+            bound,
         };
         tokio::spawn(machine.run(wished));
         Self { wishes, limit_mib }
@@ -117,12 +125,39 @@ impl Hotplug {
     }
 }
 
+/// What the VMM's cgroup lets it take. It only ever grows: memory that a guest gives back comes
+/// back in its own time, and a limit below what is in use would kill the VM.
+#[derive(Debug)]
+pub(crate) struct MemoryBound {
+    pub cgroup: Option<HostCgroup>,
+    /// What is allowed for the guest, in MiB.
+    pub guest_mib: u64,
+    /// What it started with of these.
+    pub boot_mib: u64,
+}
+
+impl MemoryBound {
+    /// Makes room for `plugged` MiB beyond what the guest started with.
+    fn raise(&mut self, plugged: u32) -> Result<(), HotplugError> {
+        let wanted = self.boot_mib.saturating_add(plugged.into());
+        if wanted > self.guest_mib
+            && let Some(cgroup) = &self.cgroup
+        {
+            let failed = |error: HostCgroupError| HotplugError::Vmm(error.to_string());
+            cgroup.allow_memory(wanted).map_err(failed)?;
+            self.guest_mib = wanted;
+        }
+        Ok(())
+    }
+}
+
 struct Machine {
     folder: Arc<RuntimeFolder>,
     vmm: SharedVmm,
     pace: Pace,
     /// What the VMM was asked for last, in MiB.
     requested: u32,
+    bound: MemoryBound,
 }
 
 impl Machine {
@@ -176,6 +211,7 @@ impl Machine {
 
     async fn request(&mut self, mib: u32) -> Result<(), HotplugError> {
         debug_assert!(mib.is_multiple_of(HOTPLUG_BLOCK_MIB));
+        self.bound.raise(mib)?;
         match self.ask(Request::SetHotplug { mib }).await? {
             Response::Ok => {
                 self.requested = mib;

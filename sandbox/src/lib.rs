@@ -26,6 +26,7 @@ pub mod fds;
 mod folder;
 mod guest;
 mod hooks;
+mod host_cgroup;
 mod hotplug;
 pub mod ids;
 pub mod images;

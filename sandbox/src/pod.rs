@@ -1,6 +1,6 @@
 //! What the annotations of a container say about the pod it belongs to.
 
-use crate::ids::{IdError, SandboxId};
+use crate::ids::{ContainerId, IdError, SandboxId};
 use crate::pod_files::PodFile;
 use serde_json::{Map, Value, json};
 use std::collections::HashMap;
@@ -81,6 +81,8 @@ pub struct PodSandbox {
     pub limits: PodLimits,
     /// The network namespace of the host that is the pod's; none for the host's own.
     pub netns: Option<PathBuf>,
+    /// The pod's cgroup on the host, a path or the name of a slice of systemd's.
+    pub cgroup_parent: Option<String>,
     /// Its resolver.
     pub dns: Dns,
 }
@@ -98,7 +100,7 @@ pub struct Dns {
 
 impl PodSandbox {
     /// The OCI spec that a daemon would have written for this pod's own container.
-    pub(crate) fn to_spec(&self) -> Value {
+    pub(crate) fn to_spec(&self, id: &ContainerId) -> Value {
         let mut namespaces = vec![json!({ "type": "ipc" }), json!({ "type": "uts" })];
         if let Some(path) = &self.netns {
             namespaces.push(json!({ "type": "network", "path": path }));
@@ -120,10 +122,22 @@ impl PodSandbox {
             "annotations": annotations,
             "linux": { "namespaces": namespaces, "sysctl": self.sysctls },
         });
+        if let Some(parent) = &self.cgroup_parent {
+            spec["linux"]["cgroupsPath"] = cgroups_path(parent, id).into();
+        }
         if let Some(hostname) = self.hostname.as_deref().filter(|name| !name.is_empty()) {
             spec["hostname"] = hostname.into();
         }
         spec
+    }
+}
+
+/// The cgroup of a pod's own container below the pod's `parent`, as containerd names it.
+fn cgroups_path(parent: &str, id: &ContainerId) -> String {
+    // Of a.slice/a-b.slice systemd needs the last: its name holds the way there.
+    match parent.rsplit('/').next() {
+        Some(slice) if slice.ends_with(".slice") => format!("{slice}:cri-containerd:{id}"),
+        _ => format!("{}/{id}", parent.trim_end_matches('/')),
     }
 }
 
@@ -171,6 +185,18 @@ pub fn limits(annotations: &Annotations) -> PodLimits {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_pods_own_cgroup_is_named_as_containerd_does() {
+        let id = ContainerId::try_from("p1").unwrap();
+        for (parent, path) in [
+            ("/kubepods/pod7", "/kubepods/pod7/p1"),
+            ("/kubepods/", "/kubepods/p1"),
+            ("/k.slice/k-a.slice", "k-a.slice:cri-containerd:p1"),
+        ] {
+            assert_eq!(cgroups_path(parent, &id), path);
+        }
+    }
 
     fn annotations(pairs: &[(&str, &str)]) -> Annotations {
         pairs

@@ -64,7 +64,7 @@ fn check(request: &CreateContainer, context: &Context) -> Result<Prepared> {
     let config = &request.config;
     let spec = match &request.pod {
         None => BundleSpec::load(&request.bundle)?,
-        Some(pod) => BundleSpec::of_pod(&request.bundle, pod)?,
+        Some(pod) => BundleSpec::of_pod(&request.bundle, &request.id, pod)?,
     };
     let role = pod::role(&spec.annotations());
     let stdio = Stdio::parse(&request.stdio)?;
@@ -110,6 +110,7 @@ fn check(request: &CreateContainer, context: &Context) -> Result<Prepared> {
         folder: RuntimeFolder::new(&config.runtime_dir, &context.namespace, &context.sandbox),
         size: size?,
         netns: spec.host_netns(),
+        cgroup: spec.host_cgroup(&context.namespace, &context.sandbox)?,
         hostname: spec.hostname().map(str::to_owned),
     };
     if !context.vm_exists {

@@ -103,6 +103,7 @@ pub fn pod_sandbox(options: Option<&Any>) -> Result<PodSandbox, OptionsError> {
             memory: given(resources.memory_limit_in_bytes),
         },
         netns: None,
+        cgroup_parent: Some(linux.cgroup_parent).filter(|parent| !parent.is_empty()),
         dns: Dns {
             servers: dns.servers,
             searches: dns.searches,
@@ -199,7 +200,7 @@ mod tests {
 
     #[test]
     fn a_pods_configuration_is_read() {
-        // hostname = 2, linux = 8 { sysctls = 3, resources = 5 { cpu_period, cpu_quota, memory = 4 } }
+        // hostname = 2, linux = 8 { cgroup_parent = 1, sysctls = 3, resources = 5 { cpu_period, cpu_quota, memory = 4 } }
         let sysctl = [field(1, "kernel.shmmax"), field(2, "7")].concat();
         let resources = [0x08, 0x64, 0x10, 0xc8, 0x01, 0x20, 0x80, 0x01];
         let sub = |number: u8, bytes: &[u8]| {
@@ -207,13 +208,14 @@ mod tests {
             all.extend(bytes);
             all
         };
-        let linux = [sub(3, &sysctl), sub(5, &resources)].concat();
+        let linux = [field(1, "/pods/p1"), sub(3, &sysctl), sub(5, &resources)].concat();
         let dns = field(1, "192.0.2.1");
         let bytes = [field(2, "web-0"), sub(4, &dns), sub(8, &linux)].concat();
         let pod = pod_sandbox(Some(&any(POD_TYPE, &bytes))).unwrap();
         assert_eq!(pod.hostname.as_deref(), Some("web-0"));
         assert_eq!(pod.sysctls["kernel.shmmax"], "7");
         assert_eq!(pod.dns.servers, ["192.0.2.1"]);
+        assert_eq!(pod.cgroup_parent.as_deref(), Some("/pods/p1"));
         let limits = pod.limits;
         assert_eq!(
             (limits.cpu_period, limits.cpu_quota, limits.memory),

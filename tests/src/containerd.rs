@@ -74,6 +74,15 @@ impl Release {
             .unwrap_or("unknown")
             .to_owned())
     }
+
+    /// The series that its configuration is written for: 1 for 1.x, else 2.
+    ///
+    /// # Errors
+    /// When it can't be run.
+    pub fn series(&self) -> Result<u32> {
+        let first = self.version()?.trim_start_matches('v').starts_with("1.");
+        Ok(if first { 1 } else { 2 })
+    }
 }
 
 /// Output of a finished command, as text.
@@ -117,7 +126,7 @@ pub struct Containerd {
     folder: TempDir,
     release: Release,
     snapshotter: &'static str,
-    namespace: &'static str,
+    namespace: String,
 }
 
 impl Containerd {
@@ -127,7 +136,7 @@ impl Containerd {
     /// When it doesn't answer within a minute.
     pub fn start(artifacts: &Artifacts, release: &Release, settings: &str) -> Result<Self> {
         let template = read_source("scripts/lib/containerd.toml.in")?;
-        Self::start_with(artifacts, release, settings, &template, crate::NAMESPACE)
+        Self::start_with(artifacts, release, settings, &template, crate::namespace())
     }
 
     /// Starts one of 2.2 or later that keeps images and containers with `snapshotter`, which is off
@@ -174,11 +183,7 @@ impl Containerd {
         settings: &str,
         sandboxer: &str,
     ) -> Result<Self> {
-        let series = if release.version()?.trim_start_matches('v').starts_with("1.") {
-            1
-        } else {
-            2
-        };
+        let series = release.series()?;
         let template = read_source(&format!("scripts/lib/containerd-cri-{series}.toml.in"))?
             + "\n"
             + &read_source(&format!("docs/kubernetes/containerd-{series}.toml"))?;
@@ -189,7 +194,13 @@ impl Containerd {
                 "sandboxer = \"podsandbox\"",
                 &format!("sandboxer = {sandboxer:?}"),
             );
-        Self::start_with(artifacts, release, settings, &template, CRI_NAMESPACE)
+        Self::start_with(
+            artifacts,
+            release,
+            settings,
+            &template,
+            CRI_NAMESPACE.into(),
+        )
     }
 
     fn start_with(
@@ -197,7 +208,7 @@ impl Containerd {
         release: &Release,
         settings: &str,
         template: &str,
-        namespace: &'static str,
+        namespace: String,
     ) -> Result<Self> {
         let folder = TempDir::with_prefix("bh.").context(|| "make containerd's folder".into())?;
         let at = folder.path();
@@ -290,7 +301,7 @@ impl Containerd {
         command
             .arg("--address")
             .arg(self.socket())
-            .args(["--connect-timeout", "10s", "--namespace", self.namespace])
+            .args(["--connect-timeout", "10s", "--namespace", &self.namespace])
             .args(arguments)
             .stdin(Stdio::null());
         command

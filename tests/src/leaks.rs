@@ -24,7 +24,11 @@ impl Snapshot {
             entries.insert(format!("mount {line}"));
         }
         tree(Path::new("/run"), "file", &mut entries);
-        cgroups(Path::new("/sys/fs/cgroup"), &mut entries);
+        cgroups(
+            Path::new("/sys/fs/cgroup"),
+            &crate::namespace(),
+            &mut entries,
+        );
         entries.retain(|entry| !ignored.iter().any(|part| entry.contains(part)));
         Self { entries }
     }
@@ -91,17 +95,19 @@ fn tree(folder: &Path, kind: &str, entries: &mut BTreeSet<String>) {
     }
 }
 
-/// Cgroups as daemons name them for containers of the tests, and whatever is named after this
-/// runtime. Others belong to the host's other business, and come and go as they like.
-fn cgroups(folder: &Path, entries: &mut BTreeSet<String>) {
+/// Cgroups as daemons name them for containers of `namespace`. Others belong to other scenarios, or
+/// to the host's other business, and come and go as they like.
+fn cgroups(folder: &Path, namespace: &str, entries: &mut BTreeSet<String>) {
     for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
             let path = entry.path();
-            let ours = |part: &std::ffi::OsStr| part == crate::NAMESPACE || part == "bulkhead";
-            if path.iter().any(ours) {
+            if path
+                .iter()
+                .any(|part| part.to_string_lossy().trim_start_matches("bulkhead-") == namespace)
+            {
                 entries.insert(format!("cgroup {}", path.display()));
             }
-            cgroups(&path, entries);
+            cgroups(&path, namespace, entries);
         }
     }
 }

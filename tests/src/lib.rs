@@ -3,6 +3,7 @@
 //! what it skips.
 
 pub mod artifacts;
+pub mod cgroups;
 pub mod containerd;
 pub mod error;
 pub mod fifo;
@@ -18,8 +19,12 @@ pub mod stats;
 pub mod storm;
 pub mod vm;
 
-/// The containerd namespace of all that the tests start; daemons name cgroups after it.
-pub const NAMESPACE: &str = "e2e";
+/// The containerd namespace of what this scenario starts: daemons name cgroups after it, and the
+/// host's cgroups are what scenarios that run at the same time share.
+pub fn namespace() -> String {
+    let scenario = std::env::var(runner::SCENARIO_ENV).unwrap_or_else(|_| "bench".into());
+    format!("e2e-{scenario}")
+}
 
 pub use artifacts::Artifacts;
 pub use error::{Error, Result};

@@ -20,6 +20,9 @@ use std::process::ExitCode;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
+/// Environment variable with the name of the scenario that a process is for.
+pub const SCENARIO_ENV: &str = "BULKHEAD_SCENARIO";
+
 /// What a scenario can't do without.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Need {

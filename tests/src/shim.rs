@@ -121,7 +121,7 @@ impl Bundle {
         command
             .args([
                 "-namespace",
-                crate::NAMESPACE,
+                &crate::namespace(),
                 "-address",
                 "/run/t/no-containerd.sock",
             ])

@@ -8,7 +8,7 @@ use super::plan::ProcessPlan;
 use super::report::Report;
 use super::scheduling::Personality;
 use super::terminal::{self, WindowSize};
-use super::{executable, identity};
+use super::{executable, identity, sysctls};
 use crate::error::{Context, Failure, Kind};
 use crate::rootfs::Sources;
 use crate::seccomp::Filter;
@@ -131,14 +131,7 @@ fn become_init(
     if users {
         users::become_root()?;
     }
-    for (file, value) in &plan.sysctls {
-        std::fs::write(format!("/proc/sys/{file}"), value).map_err(|error| {
-            Failure::invalid(
-                "linux.sysctl",
-                format!("write {value:?} to /proc/sys/{file}: {error}"),
-            )
-        })?;
-    }
+    sysctls::write_own(plan)?;
     let root = plan.rootfs.enter(&sys, cgroup, sources)?;
     let mut master = None;
     if plan.process.terminal {

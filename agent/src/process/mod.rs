@@ -23,6 +23,7 @@ mod report;
 mod scheduling;
 mod spawn;
 mod stdio;
+mod sysctls;
 mod terminal;
 
 pub use child::Shared;

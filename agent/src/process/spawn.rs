@@ -7,6 +7,7 @@ use super::control::{self, Control, Progress};
 use super::plan::ProcessPlan;
 use super::pod::{self, PodInit};
 use super::stdio::{self, AgentEnds};
+use super::sysctls;
 use super::terminal::WindowSize;
 use crate::cgroups::{Cgroup, Hierarchy};
 use crate::error::{Context, Failure, Kind};
@@ -206,7 +207,11 @@ impl Spawner {
     ) -> Result<Spawned, Failure> {
         // Root of another user namespace may not see what is to be mounted.
         let sources = match plan.namespaces.ids {
-            Some(_) => Some(Sources::open(&plan.rootfs, &Linux)?),
+            Some(_) => {
+                sysctls::write_shared(plan)?;
+                let guests_ipc = !plan.namespaces.own_ipc();
+                Some(Sources::open(&plan.rootfs, guests_ipc, &Linux)?)
+            }
             None => None,
         };
         let spares = self.spares.take(&plan.namespaces);

@@ -162,7 +162,10 @@ impl MountPlan {
                 None => return Ok(()),
             },
             MountKind::Again => self.mount_again(sys, root)?,
-            MountKind::FileSystem { name, source } => self.mount(sys, root, name, source)?,
+            MountKind::FileSystem { name, source } => match opened {
+                Some(opened) => self.attach_new(sys, root, opened)?,
+                None => self.mount(sys, root, name, source)?,
+            },
         }
         let change = |flags| -> Result<(), Errno> {
             // Opened again: the place before now lies below the mount.
@@ -183,10 +186,22 @@ impl MountPlan {
         Ok(())
     }
 
-    /// For a bind mount: its source as a detached mount with its options.
-    pub fn open_source(&self, sys: &dyn Syscalls) -> Result<Option<OwnedFd>, Failure> {
+    /// What the agent has to open for a container with a user namespace, as a detached mount with
+    /// its options: the source of a bind mount; and message queues that are the guest's, which show
+    /// its IPC namespace, and that isn't the container's user namespace's.
+    pub fn open_source(
+        &self,
+        sys: &dyn Syscalls,
+        guests_ipc: bool,
+    ) -> Result<Option<OwnedFd>, Failure> {
         match &self.kind {
             MountKind::Bind { source, recursive } => self.tree(sys, source, *recursive).map(Some),
+            MountKind::FileSystem { name, .. } if guests_ipc && name == "mqueue" => {
+                let action = || format!("mount mqueue for {}", self.destination.display());
+                let mount = sys.new_mount(name).context(action)?;
+                self.set_attributes(sys, mount.as_fd()).context(action)?;
+                Ok(Some(mount))
+            }
             _ => Ok(None),
         }
     }
@@ -253,6 +268,20 @@ impl MountPlan {
             }
             attached => attached.context(shown),
         }
+    }
+
+    /// Puts a new file system that the agent has mounted in its place.
+    fn attach_new(
+        &self,
+        sys: &dyn Syscalls,
+        root: BorrowedFd<'_>,
+        opened: BorrowedFd<'_>,
+    ) -> Result<(), Failure> {
+        let none = ResolveFlags::empty();
+        let folder = || Ok(Missing::Folder);
+        let place = open_or_create(sys, root, &self.destination, folder, none)?;
+        sys.attach(opened, place.as_fd())
+            .context(|| format!("mount it on {}", self.destination.display()))
     }
 
     /// With the option bind only the mount changes, without it the file system as well.

@@ -33,12 +33,13 @@ struct Source {
 }
 
 impl Sources {
-    /// In the agent: opens what `plan` names.
-    pub fn open(plan: &RootfsPlan, sys: &dyn Syscalls) -> Result<Self, Failure> {
+    /// In the agent: opens what `plan` names. `guests_ipc` says that the container has no IPC
+    /// namespace of its own.
+    pub fn open(plan: &RootfsPlan, guests_ipc: bool, sys: &dyn Syscalls) -> Result<Self, Failure> {
         let mut mounts = Vec::with_capacity(plan.mounts.len());
         for mount in &plan.mounts {
             let staged = mount.restricts();
-            let source = mount.open_source(sys)?;
+            let source = mount.open_source(sys, guests_ipc)?;
             mounts.push(source.map(|mount| Source { mount, staged }));
         }
         Ok(Self {

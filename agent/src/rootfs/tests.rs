@@ -118,7 +118,7 @@ fn what_the_agent_has_opened_is_cut_off_from_the_guest() {
     let spec = serde_json::from_value(spec(mounts, json!({}))).expect("a spec");
     let plan = RootfsPlan::new(&spec, true, false).expect("a plan");
     let recorder = Recorder::new(&[ROOT, "/vol", "/dev", "/tmp"], &[]);
-    let sources = Sources::open(&plan, &recorder).expect("sources");
+    let sources = Sources::open(&plan, false, &recorder).expect("sources");
     assert_eq!(sources.raw().len(), 2);
     recorder.log.borrow_mut().clear();
     plan.enter(&recorder, None, Some(&sources)).expect("built");

@@ -11,7 +11,8 @@ use crate::rootfs::Attributes;
 use rustix::fs::{Dev, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Uid};
 use rustix::io::Result;
 use rustix::mount::{
-    MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags,
+    OpenTreeFlags, UnmountFlags,
 };
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
@@ -62,6 +63,8 @@ pub trait Syscalls {
         flags: MountFlags,
         data: &CStr,
     ) -> Result<()>;
+    /// A detached mount of a new instance of a file system, as the caller's namespaces have it.
+    fn new_mount(&self, kind: &str) -> Result<OwnedFd>;
     /// A detached copy of the mount at `place`, with those below it if `recursive`.
     fn clone_mount(&self, place: BorrowedFd<'_>, recursive: bool) -> Result<OwnedFd>;
     /// Changes what may be done on a mount (mount_setattr).
@@ -169,6 +172,13 @@ impl Syscalls for Linux {
     ) -> Result<()> {
         let data = Some(data).filter(|data| !data.is_empty());
         rustix::mount::mount(source, path_of(place), kind, flags, data)
+    }
+
+    fn new_mount(&self, kind: &str) -> Result<OwnedFd> {
+        let context = rustix::mount::fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)?;
+        rustix::mount::fsconfig_create(&context)?;
+        let (flags, attributes) = (FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty());
+        rustix::mount::fsmount(&context, flags, attributes)
     }
 
     fn clone_mount(&self, place: BorrowedFd<'_>, recursive: bool) -> Result<OwnedFd> {

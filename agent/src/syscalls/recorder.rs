@@ -149,6 +149,11 @@ impl Syscalls for Recorder {
         ))
     }
 
+    fn new_mount(&self, kind: &str) -> Result<OwnedFd> {
+        self.note(format!("new mount {kind}"))?;
+        self.descriptor(Path::new(kind))
+    }
+
     fn clone_mount(&self, place: BorrowedFd<'_>, recursive: bool) -> Result<OwnedFd> {
         let path = self.name(place);
         self.note(format!("clone {} recursive={recursive}", path.display()))?;

@@ -34,8 +34,20 @@ pub(super) fn bind_mapped(bind: &Bind, ids: &MountIds, target: &Path) -> Result<
     })
 }
 
+/// Mounts `source` at `target` with the ids of `users`.
+pub(super) fn attach_mapped(
+    source: &Path,
+    users: &OwnedFd,
+    recursive: bool,
+    target: &Path,
+) -> io::Result<()> {
+    let tree = open_tree(source, recursive)?;
+    map(&tree, users, recursive)?;
+    move_to(&tree, target)
+}
+
 /// A user namespace with these ids, in which there is no process.
-fn user_namespace(ids: &MountIds) -> io::Result<OwnedFd> {
+pub(super) fn user_namespace(ids: &MountIds) -> io::Result<OwnedFd> {
     let none: c_long = 0;
     let flags = c_long::from(libc::CLONE_NEWUSER | libc::SIGCHLD);
     // SAFETY: without CLONE_VM this is a fork. The child only makes system calls, which is all

@@ -2,6 +2,7 @@
 //! it away again.
 
 mod idmap;
+mod layers;
 mod memory;
 mod mountinfo;
 mod options;

@@ -1,5 +1,6 @@
 //! Mounting the root file system that containerd describes in a create request.
 
+use super::layers::{MappedLayers, map_in_place, take_ids};
 use super::options::Options;
 use super::{MountError, failed, unmount_tree};
 use nix::mount::{MsFlags, mount};
@@ -55,12 +56,26 @@ fn mount_one(one: &RootfsMount, rootfs: &Path) -> Result<(), MountError> {
             problem,
         });
     }
-    let options = Options::parse(&one.options);
+    let (options, ids) = take_ids(&one.options, &target)?;
+    let mut options = Options::parse(&options);
+    // Until the overlay is mounted.
+    let _layers = match &ids {
+        Some(ids) if one.kind == "overlay" => {
+            let (layers, data) = MappedLayers::mount(&options.data, &target, ids)?;
+            options.data = data;
+            Some(layers)
+        }
+        _ => None,
+    };
     if options.data.len() > MAX_DATA {
         return mount_long_overlay(one, options, target);
     }
     mount_call(one, &options, &target)?;
-    finish(one, &options, &target)
+    finish(one, &options, &target)?;
+    match &ids {
+        Some(ids) if one.kind != "overlay" => map_in_place(&target, ids),
+        _ => Ok(()),
+    }
 }
 
 /// The mount's target, which must stay below `rootfs`.

@@ -7,7 +7,7 @@ use crate::disks::Attached;
 use crate::error::{Error, Result};
 use crate::folder::StateFile;
 use crate::guest::Guest;
-use crate::hotplug::Hotplug;
+use crate::hotplug::{Hotplug, MemoryBound};
 use crate::ids::{ContainerId, ProcessId};
 use crate::ops::{self, SetUp};
 use crate::pod::Role;
@@ -113,7 +113,13 @@ impl Owner {
         let vmm = guest.vmm.clone();
         let hotplug = (plan.size.hotplug_mib > 0).then(|| {
             let (folder, limit) = (plan.folder.clone(), plan.size.hotplug_mib);
-            Hotplug::new(folder, vmm.clone(), guest.pace, limit)
+            let boot_mib = u64::from(plan.size.memory_mib);
+            let bound = MemoryBound {
+                cgroup: state.cgroup.clone(),
+                guest_mib: boot_mib,
+                boot_mib,
+            };
+            Hotplug::new(folder, vmm.clone(), guest.pace, limit, bound)
         });
         self.vm = Vm::Up(Running {
             guest,

@@ -18,7 +18,8 @@ pub use binds::{Bind, MountIds};
 pub use namespaces::HostNetns;
 
 use crate::Kind;
-use crate::ids::ContainerId;
+use crate::host_cgroup::HostCgroup;
+use crate::ids::{ContainerId, Namespace, SandboxId};
 use crate::pod::{self, Annotations, PodLimits, PodSandbox, PodSettings, Role};
 use crate::pod_files;
 use bulkhead_proto::agent::StorageMount;
@@ -156,8 +157,8 @@ impl BundleSpec {
     ///
     /// # Errors
     /// When a value of the pod's has no place in an OCI spec.
-    pub fn of_pod(bundle: &Path, pod: &PodSandbox) -> Result<Self, SpecError> {
-        let text = pod.to_spec().to_string();
+    pub fn of_pod(bundle: &Path, id: &ContainerId, pod: &PodSandbox) -> Result<Self, SpecError> {
+        let text = pod.to_spec(id).to_string();
         let spec = parse("the pod's configuration", text.as_bytes())?;
         let this = Self {
             spec,
@@ -229,6 +230,21 @@ impl BundleSpec {
     /// The host network namespace in which the task's pid has to live.
     pub fn host_netns(&self) -> HostNetns {
         namespaces::host_netns(&self.spec)
+    }
+
+    /// The host's cgroup in which the VMM of the sandbox `id` runs, if this is that sandbox's spec.
+    ///
+    /// # Errors
+    /// When the path that the spec gives can't be one.
+    pub(crate) fn host_cgroup(
+        &self,
+        namespace: &Namespace,
+        id: &SandboxId,
+    ) -> Result<HostCgroup, SpecError> {
+        let linux = self.spec.linux().as_ref();
+        let path = linux.and_then(|linux| linux.cgroups_path().as_deref());
+        HostCgroup::named(path, namespace, id)
+            .map_err(|problem| field("linux.cgroupsPath", problem))
     }
 
     /// The limits that size the VM: the pod's if this is a pod's sandbox, else the container's.

@@ -7,11 +7,12 @@
 //! | uts | a new one in the guest | a new one, with the pod's host name |
 //! | pid | a new one in the guest | in a pod, that of a process: the pod's own, which its containers then share; else refused |
 //! | mount, cgroup | a new one in the guest | refused |
-//! | user, time | left to the agent | refused |
+//! | user | a new one in the guest | in a pod, that of a process: a new one with the same ids, which the spec repeats; else refused |
+//! | time | a new one in the guest | refused |
 
 use super::{SpecError, unsupported};
 use bulkhead_proto::guest::POD_PID_NAMESPACE;
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
 use std::path::{Path, PathBuf};
 
 /// The host network namespace for the VMM process, whose pid the task reports. Daemons wire a
@@ -67,6 +68,8 @@ pub(super) fn translate(
     let Some(linux) = spec.linux_mut() else {
         return Ok(());
     };
+    let some = |maps: &Option<Vec<_>>| maps.as_ref().is_some_and(|maps| !maps.is_empty());
+    let has_maps = some(linux.uid_mappings()) && some(linux.gid_mappings());
     let Some(namespaces) = linux.namespaces_mut() else {
         return Ok(());
     };
@@ -88,8 +91,13 @@ pub(super) fn translate(
             LinuxNamespaceType::Network => check_type(n, &path, "net")?,
             LinuxNamespaceType::Ipc => check_type(n, &path, "ipc")?,
             // The sandbox's or another container's, of which the pid is the VMM's in either case.
-            LinuxNamespaceType::Pid if in_pod && is_of_process(&path) => {
+            LinuxNamespaceType::Pid if in_pod && is_of_process(&path, "pid") => {
                 namespace.set_path(Some(POD_PID_NAMESPACE.into()));
+                kept.push(namespace);
+            }
+            LinuxNamespaceType::User if in_pod && is_of_process(&path, "user") => {
+                check_maps(n, has_maps)?;
+                namespace.set_path(None);
                 kept.push(namespace);
             }
             LinuxNamespaceType::Uts => {
@@ -110,6 +118,7 @@ pub(super) fn translate(
             }
         }
     }
+    check_pair(&kept)?;
     *namespaces = kept;
     if joins_pod_uts && spec.hostname().is_none() {
         spec.set_hostname(pod_hostname.map(str::to_owned));
@@ -135,10 +144,40 @@ fn check_type(n: usize, path: &Path, wanted: &str) -> Result<(), SpecError> {
     }
 }
 
-/// Whether `path` is `/proc/PID/ns/pid`.
-fn is_of_process(path: &Path) -> bool {
-    let pid = path
-        .to_str()
-        .and_then(|path| path.strip_prefix("/proc/")?.strip_suffix("/ns/pid"));
+/// The pod's user namespace exists in the guest only as its ids: daemons repeat them in the spec of
+/// each of its containers, since a runtime maps the owners of files by them.
+fn check_maps(n: usize, has_maps: bool) -> Result<(), SpecError> {
+    if has_maps {
+        return Ok(());
+    }
+    Err(unsupported(
+        format!("linux.namespaces[{n}].path"),
+        "a user namespace can be joined only by its ids: repeat them as linux.uidMappings and \
+         linux.gidMappings",
+    ))
+}
+
+/// The pod's processes are in a namespace of the guest's own users, of which root of another user
+/// namespace can't mount /proc (mount_namespaces(7)).
+fn check_pair(namespaces: &[LinuxNamespace]) -> Result<(), SpecError> {
+    let shares_pids =
+        |one: &LinuxNamespace| one.typ() == LinuxNamespaceType::Pid && one.path().is_some();
+    let own_users = |one: &LinuxNamespace| one.typ() == LinuxNamespaceType::User;
+    if namespaces.iter().any(shares_pids) && namespaces.iter().any(own_users) {
+        return Err(unsupported(
+            "linux.namespaces",
+            "a container with a user namespace cannot share the pod's processes; leave out either \
+             hostUsers: false or shareProcessNamespace: true",
+        ));
+    }
+    Ok(())
+}
+
+/// Whether `path` is `/proc/PID/ns/KIND`.
+fn is_of_process(path: &Path, kind: &str) -> bool {
+    let pid = path.to_str().and_then(|path| {
+        let rest = path.strip_prefix("/proc/")?.strip_suffix(kind)?;
+        rest.strip_suffix("/ns/")
+    });
     pid.is_some_and(|pid| pid.parse::<u32>().is_ok_and(|pid| pid > 0))
 }

@@ -297,6 +297,35 @@ fn a_container_joins_the_processes_of_its_pod_and_of_no_other() {
 }
 
 #[test]
+fn a_pods_user_namespace_is_joined_by_its_ids() {
+    let user = json!({"type": "user", "path": "/proc/77/ns/user"});
+    let maps = json!([{"containerID": 0, "hostID": 524_288, "size": 65_536}]);
+    let mut spec = with("/linux/namespaces", json!([{"type": "mount"}, user]));
+    spec["annotations"] = json!({"io.kubernetes.cri.container-type": "container"});
+    let for_guest = |spec: &Value| {
+        let bundle = Bundle::new(spec);
+        bundle.load().unwrap().for_guest(&id(), &pod())
+    };
+    let error = for_guest(&spec).unwrap_err();
+    assert!(error.to_string().contains("linux.uidMappings"), "{error}");
+    spec["linux"]["uidMappings"] = maps.clone();
+    spec["linux"]["gidMappings"] = maps;
+    let guest = for_guest(&spec).unwrap().spec;
+    let linux = guest.linux().as_ref().unwrap();
+    let joined = &linux.namespaces().as_ref().unwrap()[1];
+    assert_eq!(joined.typ(), LinuxNamespaceType::User);
+    assert_eq!(joined.path(), &None);
+    assert_eq!(linux.uid_mappings().as_ref().unwrap()[0].host_id(), 524_288);
+    // Not together with processes of others.
+    let pids = json!({"type": "pid", "path": "/proc/77/ns/pid"});
+    let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();
+    namespaces.push(pids);
+    let error = for_guest(&spec).unwrap_err();
+    assert_eq!(error.kind(), Kind::Unimplemented);
+    assert!(error.to_string().contains("hostUsers"), "{error}");
+}
+
+#[test]
 fn a_pods_kernel_parameters_are_set_with_each_container() {
     let spec = with("/linux/sysctl", json!({"kernel.shmmax": "4096"}));
     let spec = Bundle::new(&spec).load().unwrap();

@@ -133,6 +133,7 @@ impl Builder<'_> {
             folder: &folder,
             size: self.size,
             netns: &HostNetns::New,
+            cgroup: None,
             images: self.images,
             template: None,
             dies_with_us: true,

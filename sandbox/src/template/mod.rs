@@ -183,6 +183,7 @@ fn blames_template(error: &BootError) -> bool {
         BootError::Image(_)
         | BootError::Folder(_)
         | BootError::Own(_)
+        | BootError::Cgroup(_)
         | BootError::Configure { .. } => false,
     }
 }

@@ -156,6 +156,7 @@ fn what_a_dead_build_left_goes_with_its_vm() {
         shim: process,
         vmm: Some(process),
         containers: Default::default(),
+        cgroup: None,
     };
     build.folder().write_state(&state).unwrap();
     // As after a SIGKILL: nothing is dropped, but the lock is gone.

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 const SCRATCH: &str = "/run/t";
 
 /// Parts of paths that may come and go: what containerd makes with fixed names and never removes,
-/// and the cgroups of the host's other business. Files in the former still count.
+/// files in which still count.
 const FIXED_FOLDERS: [&str; 6] = [
     // mount(8) keeps its notes there.
     "/run/mount",
@@ -190,6 +190,7 @@ pub fn init(name: &str) -> ExitCode {
     let spawned = Command::new(exe)
         .args(["--scenario", name])
         .env("TMPDIR", SCRATCH)
+        .env(super::SCENARIO_ENV, name)
         .spawn();
     let Ok(child) = spawned else {
         return ExitCode::from(2);
@@ -236,8 +237,7 @@ pub fn prepare_run() {
 
 /// What is here before a scenario.
 pub fn snapshot() -> Snapshot {
-    // The other lane's scenario sees the same cgroups: those are compared in checks that own them.
-    Snapshot::take(&["cgroup "])
+    Snapshot::take(&[])
 }
 
 /// Compares with what was here before a scenario.
@@ -245,5 +245,5 @@ pub fn snapshot() -> Snapshot {
 /// # Panics
 /// When something was left.
 pub fn assert_nothing_left(before: &Snapshot) {
-    before.assert_nothing_added(&["cgroup "]);
+    before.assert_nothing_added(&[]);
 }

@@ -6,8 +6,9 @@ use k8s_cri::v1::{
     AttachRequest, ContainerConfig, ContainerState, ContainerStats, ContainerStatsFilter,
     ContainerStatsRequest, ContainerStatus, ContainerStatusRequest, CreateContainerRequest,
     ExecRequest, ExecSyncRequest, ExecSyncResponse, ListContainerStatsRequest, PodSandboxConfig,
-    PodSandboxStatus, PodSandboxStatusRequest, RemoveContainerRequest, RemovePodSandboxRequest,
-    RunPodSandboxRequest, StartContainerRequest, StopContainerRequest, StopPodSandboxRequest,
+    PodSandboxStats, PodSandboxStatsRequest, PodSandboxStatus, PodSandboxStatusRequest,
+    RemoveContainerRequest, RemovePodSandboxRequest, RunPodSandboxRequest, RuntimeHandlerFeatures,
+    StartContainerRequest, StatusRequest, StopContainerRequest, StopPodSandboxRequest,
 };
 use std::future::Future;
 use std::path::Path;
@@ -161,6 +162,22 @@ impl Client {
         let (stdout, stderr) = (text(&answer.stdout), text(&answer.stderr));
         assert!(answer.exit_code == 0, "{script}: {stdout:?} {stderr:?}");
         stdout.trim_end().to_owned()
+    }
+
+    /// What containerd knows that the runtime can do.
+    pub fn handler_features(&self) -> RuntimeHandlerFeatures {
+        let status = self.answer(self.service.clone().status(StatusRequest::default()));
+        let handlers = status.unwrap().runtime_handlers;
+        let ours = handlers.into_iter().find(|handler| handler.name == HANDLER);
+        ours.unwrap_or_default().features.unwrap_or_default()
+    }
+
+    /// The pod's own statistics.
+    pub fn pod_stats(&self, pod: &str) -> Answer<PodSandboxStats> {
+        let pod_sandbox_id = pod.into();
+        let request = PodSandboxStatsRequest { pod_sandbox_id };
+        let answer = self.answer(self.service.clone().pod_sandbox_stats(request))?;
+        Ok(answer.stats.unwrap_or_default())
     }
 
     pub fn stats(&self, container: &str) -> Answer<ContainerStats> {

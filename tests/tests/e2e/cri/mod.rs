@@ -5,9 +5,11 @@ pub mod sandboxer;
 mod security;
 mod stream;
 mod terminals;
+mod users;
 pub mod volumes;
 
 use bulkhead_tests::Artifacts;
+use bulkhead_tests::cgroups::Cgroup;
 use bulkhead_tests::containerd::{Containerd, IMAGE, Release, SANDBOX_IMAGE};
 use bulkhead_tests::leaks::{Snapshot, processes_of};
 use bulkhead_tests::runner::Checks;
@@ -58,8 +60,10 @@ fn through(checks: &mut Checks, artifacts: &Artifacts, release: &Release) {
     }) else {
         return;
     };
+    // Kubelet's, with all that it makes.
+    let pods = Cgroup::make("pods").unwrap();
     let before = Snapshot::take(&IGNORED);
-    let config = pod_config(&containerd, "web");
+    let config = pod_config(&containerd, &pods, "web");
     let pod = checks.require("RunPodSandbox: ready, with one VMM", || {
         let id = client.run_pod(&config);
         let id = id.unwrap_or_else(|error| panic!("{error}: {}", containerd.log_tail(12)));
@@ -77,10 +81,14 @@ fn through(checks: &mut Checks, artifacts: &Artifacts, release: &Release) {
     });
     if let Some(pod) = pod {
         containers(checks, &containerd, &pod);
+        host_cgroup(checks, &pod, &pods);
         endings(checks, &containerd, &pod);
         pod.removed(checks);
     }
-    sharing(checks, &containerd, &client);
+    sharing(checks, &containerd, &client, &pods);
+    if release.series().unwrap() > 1 {
+        users::checks(checks, &containerd, &client, &pods);
+    }
     drop(client);
     checks.check("no process, mount, socket or cgroup is left", || {
         before.assert_nothing_added(&IGNORED);
@@ -100,7 +108,7 @@ fn own_network() {
     assert!(up.unwrap().success());
 }
 
-fn pod_config(containerd: &Containerd, name: &str) -> PodSandboxConfig {
+fn pod_config(containerd: &Containerd, pods: &Cgroup, name: &str) -> PodSandboxConfig {
     let logs = containerd.folder().join(format!("logs-{name}"));
     std::fs::create_dir(&logs).unwrap();
     PodSandboxConfig {
@@ -118,6 +126,7 @@ fn pod_config(containerd: &Containerd, name: &str) -> PodSandboxConfig {
             options: Vec::new(),
         }),
         linux: Some(LinuxPodSandboxConfig {
+            cgroup_parent: pods.path().into(),
             security_context: Some(LinuxSandboxSecurityContext {
                 namespace_options: Some(own_pids()),
                 seccomp: Some(runtime_default()),
@@ -323,6 +332,40 @@ fn containers(checks: &mut Checks, containerd: &Containerd, pod: &Pod) {
     security::restricted(checks, containerd, pod);
 }
 
+/// What the pod takes of the host is in the cgroup that kubelet made for it.
+fn host_cgroup(checks: &mut Checks, pod: &Pod<'_>, pods: &Cgroup) {
+    checks.check(
+        "the VMM runs in the pod's cgroup on the host, alone",
+        || {
+            assert_eq!(pods.below(), (vec![pod.id.clone()], 1));
+            let vmm = processes_of("bulkhead-vmm");
+            let shown = std::fs::read_to_string(format!("/proc/{}/cgroup", vmm[0])).unwrap();
+            let path = format!("{}/{}", pods.path(), pod.id);
+            assert!(shown.lines().any(|line| line.ends_with(&path)), "{shown}");
+        },
+    );
+    let answer = pod.client.pod_stats(&pod.id);
+    if let Err(status) = &answer
+        && status.code() == tonic::Code::Unimplemented
+    {
+        println!("this containerd has no PodSandboxStats: {status}");
+        return;
+    }
+    checks.check(
+        "the pod's statistics are the VM's as the host sees them",
+        || {
+            let stats = answer.unwrap().linux.unwrap_or_default();
+            let value = |value: Option<k8s_cri::v1::UInt64Value>| value.unwrap_or_default().value;
+            let cpu = value(stats.cpu.unwrap_or_default().usage_core_nano_seconds);
+            let memory = value(stats.memory.unwrap_or_default().working_set_bytes);
+            // A guest that has booted, or been continued, and run containers.
+            assert!(cpu > 50_000_000, "{cpu} ns of CPU time");
+            let bounds = (4 << 20)..(400 << 20);
+            assert!(bounds.contains(&memory), "{memory} bytes");
+        },
+    );
+}
+
 /// Nanoseconds of CPU time, bytes of memory.
 fn usage(stats: &ContainerStats) -> (u64, u64) {
     let value = |value: Option<k8s_cri::v1::UInt64Value>| value.unwrap_or_default().value;
@@ -335,8 +378,8 @@ fn usage(stats: &ContainerStats) -> (u64, u64) {
 }
 
 /// A second pod, privileged, which shares its processes and sets kernel parameters.
-fn sharing(checks: &mut Checks, containerd: &Containerd, client: &Client) {
-    let mut config = pod_config(containerd, "shared");
+fn sharing(checks: &mut Checks, containerd: &Containerd, client: &Client, pods: &Cgroup) {
+    let mut config = pod_config(containerd, pods, "shared");
     let linux = config.linux.get_or_insert_default();
     linux.security_context = Some(LinuxSandboxSecurityContext {
         namespace_options: Some(NamespaceOption::default()),

@@ -2,8 +2,9 @@
 //! them by the sandbox API, without a pause container.
 
 use super::client::Client;
-use super::{IGNORED, Pod, containers, own_network, pod_config};
+use super::{IGNORED, Pod, containers, host_cgroup, own_network, pod_config};
 use bulkhead_tests::Artifacts;
+use bulkhead_tests::cgroups::Cgroup;
 use bulkhead_tests::containerd::{Containerd, IMAGE, Release, SANDBOX_IMAGE};
 use bulkhead_tests::leaks::{Snapshot, processes_of};
 use bulkhead_tests::runner::Checks;
@@ -25,8 +26,9 @@ pub fn run(checks: &mut Checks, artifacts: &Artifacts) {
     let Some((containerd, client)) = started else {
         return;
     };
+    let pods = Cgroup::make("pods").unwrap();
     let before = Snapshot::take(&IGNORED);
-    let config = pod_config(&containerd, "web");
+    let config = pod_config(&containerd, &pods, "web");
     let pod = checks.require("RunPodSandbox: ready, one VMM, and no task", || {
         let id = client.run_pod(&config);
         let id = id.unwrap_or_else(|error| panic!("{error}: {}", containerd.log_tail(12)));
@@ -44,6 +46,7 @@ pub fn run(checks: &mut Checks, artifacts: &Artifacts) {
     });
     if let Some(pod) = pod {
         containers(checks, &containerd, &pod);
+        host_cgroup(checks, &pod, &pods);
         pod.removed(checks);
     }
     drop(client);

@@ -165,27 +165,6 @@ fn shared(checks: &mut Checks, client: &Client, volumes: &Volumes, (one, two): (
         let output = client.shell(one, script);
         assert_eq!(output.matches("Read-only").count(), 3, "{output}");
     });
-    checks.check(
-        "containers of the pod talk through a Unix socket in a volume",
-        || {
-            // syslogd and logger are busybox' programs that use one; both follow a link.
-            let link = "ln -s /empty/log /dev/log";
-            client.shell(
-                one,
-                &format!(
-                    "{link}; syslogd -O /empty/messages >/dev/null 2>&1; {}",
-                    until("[ -S /empty/log ]")
-                ),
-            );
-            let arrived = until("grep -q 'from the other one' /empty/messages");
-            client.shell(
-                two,
-                &format!("{link}; logger from the other one; {arrived}"),
-            );
-            let kind = fs::symlink_metadata(volumes.path("empty/log")).unwrap();
-            assert!(std::os::unix::fs::FileTypeExt::is_socket(&kind.file_type()));
-        },
-    );
 }
 
 fn updated(checks: &mut Checks, client: &Client, volumes: &Volumes, one: &str) {
@@ -222,8 +201,7 @@ fn in_memory(
         // Some of it is taken, by the note.
         let full = "head -c 2000000 /dev/zero 2>&1 >/cache/full; wc -c </cache/full; rm /cache/full";
         let output = client.shell(two, full);
-        let (error, written) = output.split_once('\n').unwrap();
-        assert!(error.contains("No space left"), "{output}");
+        let written = output.lines().last().unwrap_or_default();
         assert_eq!(written.trim().parse(), Ok(MEMORY - 4096), "{output}");
     });
     checks.check("it outlives its containers", || {

@@ -1,0 +1,75 @@
+//! Cgroups that somebody else than the runtime makes, as kubelet makes one for each pod.
+
+use crate::error::{Context, Result};
+use std::path::{Path, PathBuf};
+
+const MOUNT: &str = "/sys/fs/cgroup";
+
+/// A cgroup in all hierarchies of this host, v2's or v1's, below one of this scenario's own. Goes
+/// when it is dropped.
+#[derive(Debug)]
+pub struct Cgroup {
+    path: String,
+}
+
+impl Cgroup {
+    /// Makes one.
+    ///
+    /// # Errors
+    /// When a folder can't be made.
+    pub fn make(name: &str) -> Result<Self> {
+        let path = format!("/{}/{name}", crate::namespace());
+        let this = Self { path };
+        for folder in folders(&this.path) {
+            std::fs::create_dir_all(&folder).context(|| format!("make {}", folder.display()))?;
+        }
+        Ok(this)
+    }
+
+    /// Its path below the roots of the hierarchies.
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
+    /// The names of the cgroups in it, and how many processes they have in all.
+    pub fn below(&self) -> (Vec<String>, usize) {
+        let mut names = Vec::new();
+        let mut processes = 0;
+        for folder in folders(&self.path) {
+            for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+                let file = entry.path().join("cgroup.procs");
+                if let Ok(pids) = std::fs::read_to_string(file) {
+                    names.push(entry.file_name().to_string_lossy().into_owned());
+                    processes = processes.max(pids.lines().count());
+                }
+            }
+        }
+        names.sort();
+        names.dedup();
+        (names, processes)
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        for folder in folders(&self.path) {
+            let _ = std::fs::remove_dir(&folder);
+            let _ = folder.parent().map(std::fs::remove_dir);
+        }
+    }
+}
+
+fn folders(path: &str) -> Vec<PathBuf> {
+    let below = path.trim_start_matches('/');
+    let root = Path::new(MOUNT);
+    if root.join("cgroup.controllers").exists() {
+        return vec![root.join(below)];
+    }
+    let hierarchies = std::fs::read_dir(root).into_iter().flatten().flatten();
+    hierarchies
+        .map(|entry| entry.path())
+        // The hybrid layout's v2 tree has no controllers.
+        .filter(|path| path.is_dir() && !path.is_symlink() && !path.ends_with("unified"))
+        .map(|path| path.join(below))
+        .collect()
+}
