@@ -9,7 +9,7 @@ use crate::error::{Context, Failure, Kind};
 use crate::generation::Generation;
 use crate::namespaces;
 use crate::slots::Slots;
-use bulkhead_proto::guest::{SHARE_MOUNT, SHARE_TAG};
+use bulkhead_proto::guest::{SHARE_MOUNT, SHARE_TAG, STORAGE_MOUNT};
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, MountPropagationFlags};
@@ -38,6 +38,16 @@ pub enum Surroundings {
         /// An existing cgroup v2 folder.
         cgroup: Option<PathBuf>,
     },
+}
+
+impl Surroundings {
+    /// The folder below which file systems are mounted for containers.
+    pub fn storage(&self) -> PathBuf {
+        match self {
+            Self::Guest => STORAGE_MOUNT.into(),
+            Self::Outside { sockets, .. } => sockets.join("storage"),
+        }
+    }
 }
 
 /// Makes sure that descriptors 0 to 2 are open, so that no socket ever gets one of these numbers

@@ -34,6 +34,7 @@ mod server;
 mod slots;
 mod spares;
 mod spec;
+mod storage;
 mod streams;
 mod syscalls;
 mod transport;

@@ -190,8 +190,12 @@ impl Agent for Service {
             .guest
             .slots()
             .and_then(|slots| slots.attach(&request.slot));
+        let device = device.map_err(to_status)?;
+        let (major, minor) = device.number().map_err(to_status)?;
         Ok(AttachDeviceResponse {
-            name: device.map_err(to_status)?.name().to_owned(),
+            name: device.name().to_owned(),
+            major,
+            minor,
             ..Default::default()
         })
     }

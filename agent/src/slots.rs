@@ -47,6 +47,16 @@ impl Device {
             Self::Disk(name, _) | Self::Interface(name) => name,
         }
     }
+
+    /// Major and minor number of a disk's node; 0 for what has none.
+    pub fn number(&self) -> Result<(u32, u32), Failure> {
+        let Self::Disk(name, _) = self else {
+            return Ok((0, 0));
+        };
+        let found = rustix::fs::stat(node(name)).context(|| format!("look at the disk {name}"))?;
+        let number = found.st_rdev;
+        Ok((rustix::fs::major(number), rustix::fs::minor(number)))
+    }
 }
 
 impl Slots {

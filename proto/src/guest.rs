@@ -30,6 +30,12 @@ pub const SHARE_TAG: &str = "bulkhead";
 /// Where the agent mounts that share in the guest.
 pub const SHARE_MOUNT: &str = "/run/bulkhead/shared";
 
+/// Folder of a container's folder in the share in which the sources of its bind mounts are.
+pub const SHARE_MOUNTS: &str = "mounts";
+
+/// Folder of the guest below which the agent mounts what `CreateRequest.storage` lists.
+pub const STORAGE_MOUNT: &str = "/run/bulkhead/storage";
+
 /// Folder in the guest of links from serial numbers of disks that were plugged in to their nodes.
 pub const DISKS: &str = "/run/bulkhead/disks";
 

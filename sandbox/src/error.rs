@@ -2,6 +2,7 @@
 
 use crate::boot::BootError;
 use crate::config::ConfigError;
+use crate::disks::DiskError;
 use crate::folder::FolderError;
 use crate::guest::AgentError;
 use crate::hooks::HookError;
@@ -63,6 +64,9 @@ pub enum Error {
         /// What the agent said; a missing executable is named there.
         cause: Arc<AgentError>,
     },
+    /// A disk can't be attached.
+    #[error(transparent)]
+    Disk(Arc<DiskError>),
     /// The VM can't have the memory that its containers' limits need.
     #[error(transparent)]
     Hotplug(#[from] HotplugError),
@@ -130,6 +134,7 @@ impl Error {
             Error::Stdio(error) => error.kind(),
             Error::Agent(error) => error.kind(),
             Error::Hotplug(error) => error.kind(),
+            Error::Disk(error) => error.kind(),
             // What isn't found then is the executable or the root, not the container: daemons take
             // NotFound for the latter.
             Error::Runtime { cause, .. } => match cause.kind() {
@@ -170,4 +175,5 @@ shared_cause!(
     Stdio(StdioError),
     Hook(HookError),
     Agent(AgentError),
+    Disk(DiskError),
 );

@@ -435,6 +435,7 @@ mod tests {
             is_dir: true,
             readonly: true,
             recursive: true,
+            follows: true,
             ids: None,
         }];
         make_mount_points(&folder.container_skeleton(&id), &binds).unwrap();

@@ -144,14 +144,23 @@ impl Guest {
 
     /// Has the guest take a device into use that was plugged in; its name there.
     pub async fn attach_device(&self, slot: PluggedSlot) -> AgentResult<String> {
+        Ok(self.attach(slot).await?.name)
+    }
+
+    /// The same with a disk; its node's major and minor number there.
+    pub async fn attach_disk(&self, slot: PluggedSlot) -> AgentResult<(u32, u32)> {
+        let disk = self.attach(slot).await?;
+        Ok((disk.major, disk.minor))
+    }
+
+    async fn attach(&self, slot: PluggedSlot) -> AgentResult<agent::AttachDeviceResponse> {
         let limit = self.pace.call();
         let request = agent::AttachDeviceRequest {
             slot: protobuf::MessageField::some(describe(slot)),
             ..Default::default()
         };
         let answer = self.agent.attach_device(within(limit), &request);
-        let answer = self.call("attach device", limit, answer).await?;
-        Ok(answer.name)
+        self.call("attach device", limit, answer).await
     }
 
     /// Has the guest let go of a device, before it is unplugged.

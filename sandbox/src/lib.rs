@@ -20,6 +20,7 @@ mod boot;
 pub mod cleanup;
 pub mod config;
 mod control;
+mod disks;
 mod error;
 pub mod fds;
 mod folder;

@@ -2,6 +2,8 @@
 //! owner. None of them knows the owner's state.
 
 use crate::Kind;
+use crate::disks::Attached;
+use crate::disks::volumes::renumber;
 use crate::error::{Error, Result};
 use crate::folder::RuntimeFolder;
 use crate::guest::{AgentError, Guest, streams};
@@ -14,6 +16,7 @@ use crate::prepare::{self, Prepared};
 use crate::spec::{BundleSpec, parse_process};
 use crate::stdio::{Copies, Stdio};
 use bulkhead_proto::agent;
+use bulkhead_proto::guest::SHARE_MOUNTS;
 use oci_spec::runtime::{Hook, Process};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -28,18 +31,32 @@ pub(crate) async fn blocking<T: Send + 'static>(
     }
 }
 
+/// A container that was set up in the guest.
+pub(crate) struct SetUp {
+    pub copies: Copies,
+    pub disks: Attached,
+}
+
 /// Sets `prepared` up in the guest. On failure nothing is left of it there or in the share.
 pub(crate) async fn create(
     guest: Arc<Guest>,
     prepared: Arc<Prepared>,
     namespace: Namespace,
-) -> Result<Copies> {
+) -> Result<SetUp> {
     let folder = prepared.plan.folder.clone();
     let sharing = prepared.clone();
     let created = async {
         blocking(move || share(&sharing)).await?;
         run_create_hooks(&prepared, guest.vmm.process.pid).await?;
-        create_in_guest(&guest, &prepared, &namespace).await
+        let disks = Attached::new(&guest, &prepared).await?;
+        match create_in_guest(&guest, &prepared, &disks, &namespace).await {
+            Ok(copies) => Ok(SetUp { copies, disks }),
+            Err(error) => {
+                let folder = Arc::new(prepared.plan.folder.clone());
+                disks.remove(Some(&guest), &folder).await;
+                Err(error)
+            }
+        }
     };
     let created = created.await;
     if created.is_err() {
@@ -77,10 +94,12 @@ fn share(prepared: &Prepared) -> Result<()> {
     // Writable though the spec may ask for a read-only root: mount points that the image lacks are
     // made in it first, and then the agent makes it read-only. Where the daemon mounted the root
     // read-only, it is that here too.
-    let root = prepared.spec.root_path();
-    bind_root_into_share(&root, &share.join("rootfs"))?;
+    if !prepared.own_root {
+        let root = prepared.spec.root_path();
+        bind_root_into_share(&root, &share.join("rootfs"))?;
+    }
     for bind in &prepared.guest.binds {
-        let target = share.join("mounts").join(bind.number.to_string());
+        let target = share.join(SHARE_MOUNTS).join(bind.number.to_string());
         bind_into_share(bind, &target)?;
     }
     Ok(())
@@ -89,10 +108,12 @@ fn share(prepared: &Prepared) -> Result<()> {
 async fn create_in_guest(
     guest: &Guest,
     prepared: &Prepared,
+    disks: &Attached,
     namespace: &Namespace,
 ) -> Result<Copies> {
-    let spec = &prepared.guest.spec;
-    let spec_json = serde_json::to_vec(spec)
+    let mut spec = prepared.guest.spec.clone();
+    renumber(&mut spec, &disks.numbers);
+    let spec_json = serde_json::to_vec(&spec)
         .map_err(|error| Error::Invalid(format!("the guest's spec cannot be written: {error}")))?;
     let ends = prepared.stdio.open(prepared.id.as_str(), namespace).await?;
     let (tokens, copies) = ends.connect(guest).await?;
@@ -107,6 +128,7 @@ async fn create_in_guest(
         streams: streams(tokens),
         terminal_rows: rows,
         terminal_columns: columns,
+        storage: prepared.guest.storage.clone(),
         ..Default::default()
     };
     match guest.create(&request).await {
@@ -322,7 +344,14 @@ pub(crate) async fn delete(
 }
 
 /// Takes away what a deleted container had on the host.
-pub(crate) async fn remove_container(prepared: Arc<Prepared>, pid: u32) -> Result<()> {
+pub(crate) async fn remove_container(
+    guest: Option<Arc<Guest>>,
+    prepared: Arc<Prepared>,
+    disks: Attached,
+    pid: u32,
+) -> Result<()> {
+    let folder = Arc::new(prepared.plan.folder.clone());
+    disks.remove(guest.as_deref(), &folder).await;
     let (folder, id, bundle) = (
         prepared.plan.folder.clone(),
         prepared.id.clone(),

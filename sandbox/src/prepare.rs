@@ -2,6 +2,8 @@
 //! the root file system's mounts.
 
 use crate::boot::BootPlan;
+use crate::disks::volumes::{self, DeviceDisk};
+use crate::disks::{Disk, DiskRoot};
 use crate::error::{Error, Result};
 use crate::folder::{Locator, RuntimeFolder};
 use crate::ids::{ContainerId, Namespace, SandboxId};
@@ -21,6 +23,12 @@ pub(crate) struct Prepared {
     pub role: Role,
     pub spec: BundleSpec,
     pub guest: GuestSpec,
+    /// The guest puts the root together itself, from some of these.
+    pub own_root: bool,
+    /// What to attach to the VM.
+    pub disks: Vec<Disk>,
+    /// Those of them that the container has as devices.
+    pub devices: Vec<DeviceDisk>,
     pub stdio: Stdio,
     /// Of a pod's sandbox that came by the sandbox API.
     pub pod: Option<PodSandbox>,
@@ -65,9 +73,25 @@ fn check(request: &CreateContainer, context: &Context) -> Result<Prepared> {
         Role::PodSandbox => GuestSpec {
             spec: Default::default(),
             binds: Vec::new(),
+            storage: Vec::new(),
         },
         _ => spec.for_guest(&request.id, &context.pod)?,
     };
+    let root = match role {
+        Role::PodSandbox => None,
+        _ => DiskRoot::plan(&request.rootfs, &request.id, &mut guest.binds)?,
+    };
+    let own_root = root.is_some();
+    let root = root.unwrap_or_default();
+    if let (true, Some(path)) = (own_root, guest.spec.root_mut()) {
+        path.set_path(root.path);
+    }
+    guest.storage.splice(..0, root.storage);
+    let devices = volumes::devices(&guest.spec, &request.id)?;
+    let mut disks = root.disks;
+    let (more, storage) = volumes::mounts(&mut guest.spec, &request.id);
+    disks.extend(more);
+    guest.storage.extend(storage);
     if let Some(process) = guest.spec.process_mut() {
         process.set_terminal(Some(request.stdio.terminal));
     }
@@ -100,6 +124,9 @@ fn check(request: &CreateContainer, context: &Context) -> Result<Prepared> {
         role,
         spec,
         guest,
+        own_root,
+        disks,
+        devices,
         stdio,
         pod: request.pod.clone(),
         plan,
@@ -108,6 +135,9 @@ fn check(request: &CreateContainer, context: &Context) -> Result<Prepared> {
 
 fn mount(request: &CreateContainer, prepared: &Prepared, context: &Context) -> Result<()> {
     Locator::write(&request.bundle, &prepared.plan.folder, &context.sandbox)?;
+    if prepared.own_root {
+        return Ok(());
+    }
     mount_rootfs(&request.rootfs, &rootfs(&request.bundle))?;
     let path = prepared.spec.root_path();
     let missing = |cause| {

@@ -38,7 +38,6 @@ pub(crate) enum SlotError {
 }
 
 /// Plugs a disk with this serial number (at most 20 characters) over a raw file or block device.
-#[expect(dead_code, reason = "storage is to use it")]
 pub(crate) async fn plug_block(
     folder: &Arc<RuntimeFolder>,
     serial: &str,

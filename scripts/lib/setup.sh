@@ -16,6 +16,7 @@ NEEDED_PACKAGES=(
     "libelf-dev /usr/include/libelf.h"
     "linux-source-6.12 /usr/src/linux-source-6.12.tar.xz"
     "erofs-utils /usr/bin/mkfs.erofs"
+    "e2fsprogs /usr/sbin/mkfs.ext4 /sbin/mkfs.ext4"
     "busybox-static /bin/busybox"
     "containerd /usr/bin/containerd"
     "containernetworking-plugins /usr/lib/cni/ptp"

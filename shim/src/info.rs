@@ -11,6 +11,11 @@ pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// The runtime's name, as daemons are configured with it.
 pub const NAME: &str = "io.containerd.bulkhead.v2";
 
+/// The annotation by which containerd 2.2 and later learns which mounts of a root it must leave to
+/// the shim (its docs/mounts.md), and these: what the guest puts together from disks.
+const ALLOWED_MOUNTS: &str = "containerd.io/runtime-allow-mounts";
+const GUESTS_MOUNTS: &str = "erofs,format/*,mkdir/*";
+
 /// For people.
 pub fn version_text() -> String {
     format!("containerd-shim-bulkhead-v2:\n  Version:  {VERSION}\n  Runtime:  {NAME}\n")
@@ -25,6 +30,7 @@ pub fn runtime_info() -> Vec<u8> {
     let info = RuntimeInfo {
         name: NAME.into(),
         version: MessageField::some(version),
+        annotations: [(ALLOWED_MOUNTS.to_owned(), GUESTS_MOUNTS.to_owned())].into(),
         features: MessageField::some(features()),
         ..Default::default()
     };
@@ -74,12 +80,10 @@ const MOUNT_OPTIONS: &[&str] = &[
     "rro",
     "rrw",
     "rslave",
-    "rshared",
     "rstrictatime",
     "rsuid",
     "runbindable",
     "rw",
-    "shared",
     "slave",
     "strictatime",
     "suid",

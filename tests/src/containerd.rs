@@ -149,6 +149,27 @@ impl Containerd {
         )
     }
 
+    /// Starts one of 2.2 or later that keeps images and containers with `snapshotter`, which is off
+    /// otherwise; `settings` are its plugin's.
+    ///
+    /// # Errors
+    /// When it doesn't answer within a minute.
+    pub fn start_with_snapshotter(
+        artifacts: &Artifacts,
+        release: &Release,
+        snapshotter: &'static str,
+        settings: &str,
+    ) -> Result<Self> {
+        let plugin = format!("io.containerd.snapshotter.v1.{snapshotter}");
+        let template = read_source("scripts/lib/containerd.toml.in")?;
+        let template = template.replace(&format!("\"{plugin}\","), "")
+            + &format!("\n[plugins.{plugin:?}]\n{settings}\n");
+        let namespace = crate::namespace();
+        let mut started = Self::start_with(artifacts, release, "", &template, namespace, &[])?;
+        started.snapshotter = snapshotter;
+        Ok(started)
+    }
+
     /// Starts one with its CRI plugin on, the runtime's table being the documentation's, and a
     /// network of one veth pair for each pod.
     ///
@@ -388,13 +409,18 @@ impl Containerd {
             .output();
         let made: Finished = made.context(|| format!("run {}", script.display()))?.into();
         let archive = archive.display().to_string();
-        let imported = self.ctr(&[
+        let mut import = vec![
             "images",
             "import",
             "--snapshotter",
             self.snapshotter,
             &archive,
-        ])?;
+        ];
+        if !matches!(self.snapshotter, "overlayfs" | "native") {
+            // containerd's own import knows the snapshotters of its configuration only.
+            import.insert(2, "--local");
+        }
+        let imported = self.ctr(&import)?;
         if made.code != Some(0) || imported.code != Some(0) {
             return Err(Error::Unexpected(format!(
                 "no busybox image: {made:?}, {imported:?}"

@@ -38,6 +38,17 @@ pub struct Bundle {
     artifacts: Artifacts,
 }
 
+/// A mount of a root, as a daemon describes it.
+#[derive(Debug, Clone)]
+pub struct RootMount {
+    /// File system type, with containerd's prefixes.
+    pub kind: String,
+    /// Device, file, or a name.
+    pub source: String,
+    /// As in fstab(5), with containerd's templates.
+    pub options: Vec<String>,
+}
+
 /// A started shim.
 pub struct Shim<'a> {
     bundle: &'a Bundle,
@@ -398,12 +409,32 @@ impl Shim<'_> {
         version: TaskVersion,
         [stdin, stdout, stderr]: [&str; 3],
     ) -> Result<api::CreateTaskResponse> {
+        self.create_rooted(version, [stdin, stdout, stderr], &[])
+    }
+
+    /// The same, with what a daemon has the shim mount as the root.
+    ///
+    /// # Errors
+    /// As [`Shim::call`].
+    pub fn create_rooted(
+        &self,
+        version: TaskVersion,
+        [stdin, stdout, stderr]: [&str; 3],
+        root: &[RootMount],
+    ) -> Result<api::CreateTaskResponse> {
+        let mounts = root.iter().map(|one| api::Mount {
+            type_: one.kind.clone(),
+            source: one.source.clone(),
+            options: one.options.clone(),
+            ..Default::default()
+        });
         let request = api::CreateTaskRequest {
             id: self.bundle.id.clone(),
             bundle: self.bundle.path().display().to_string(),
             stdin: stdin.to_owned(),
             stdout: stdout.to_owned(),
             stderr: stderr.to_owned(),
+            rootfs: mounts.collect(),
             ..Default::default()
         };
         self.call(version, "Create", &request)

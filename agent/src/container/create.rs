@@ -31,6 +31,7 @@ impl Containers {
         let hierarchy = self.guest.prepare()?;
         let pids = self.pids_to_join(&plan).await?;
         let host = self.streams.claim(tokens).await?;
+        let storage = self.storage.mount(&request.storage)?;
         let spec = request.spec_json.as_slice();
         let (cgroup, made) = match self.spawner.take_ahead(&plan, spec).await {
             Some(ahead) => (ahead.cgroup, Some((ahead.spawned, spec, hierarchy))),
@@ -67,6 +68,7 @@ impl Containers {
                     personality: plan.personality,
                     waiting: Mutex::new(Some(spawned.control)),
                     execs: Table::default(),
+                    storage,
                 });
                 Ok(pid)
             }

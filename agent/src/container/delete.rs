@@ -32,6 +32,7 @@ impl Containers {
             // Without a pid namespace of its own, processes can outlive the first one.
             cgroup.remove().await?;
         }
+        container.storage.release();
         self.table.remove(&container.id);
         let left = Arc::clone(&container);
         tokio::spawn(async move {

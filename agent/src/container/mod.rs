@@ -32,6 +32,7 @@ use crate::init::Guest;
 use crate::process::{Control, Copiers, Personality, Spawned, Spawner};
 use crate::reaper::Child;
 use crate::seccomp::Filter;
+use crate::storage::{Mounted, Storage};
 use crate::streams::PendingStreams;
 use crate::users::IdMaps;
 use std::collections::BTreeMap;
@@ -110,6 +111,7 @@ pub struct Container {
     /// Present while the container is created and not yet started.
     waiting: Mutex<Option<Control>>,
     execs: Table<Process>,
+    storage: Mounted,
 }
 
 /// Entries by id, each of which is either being made or there.
@@ -203,14 +205,17 @@ pub struct Containers {
     guest: Arc<Guest>,
     spawner: Spawner,
     streams: PendingStreams,
+    storage: Storage,
     table: Arc<Table<Container>>,
 }
 
 impl Containers {
     /// None yet.
     pub fn new(guest: Arc<Guest>, spawner: Spawner, streams: PendingStreams) -> Self {
+        let storage = Storage::new(guest.surroundings().storage());
         Self {
             guest,
+            storage,
             spawner,
             streams,
             table: Arc::default(),

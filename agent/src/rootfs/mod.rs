@@ -16,7 +16,7 @@ mod tests;
 
 pub use devices::DevicePlan;
 pub use mounts::MountPlan;
-pub use options::Attributes;
+pub use options::{Attributes, MountOptions};
 pub use sources::Sources;
 
 use crate::error::{Context, Failure, Kind};

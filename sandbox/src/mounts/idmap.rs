@@ -29,7 +29,7 @@ pub(super) fn bind_mapped(bind: &Bind, ids: &MountIds, target: &Path) -> Result<
         map(&tree, &users, ids.recursive)?;
         move_to(&tree, target)
     };
-    bind_into_share_with(target, bind.readonly, bind.recursive, || {
+    bind_into_share_with(target, bind.readonly, bind.recursive, bind.follows, || {
         attach().map_err(|cause| failed("bind", target, source, cause))
     })
 }
@@ -163,6 +163,7 @@ mod tests {
             is_dir: true,
             readonly: false,
             recursive: true,
+            follows: true,
             ids,
         }
     }

@@ -3,15 +3,18 @@
 
 mod idmap;
 mod layers;
+mod memory;
 mod mountinfo;
 mod options;
 mod rootfs;
 
+pub(crate) use memory::MemoryVolume;
 pub(crate) use mountinfo::mounts_below;
 pub use rootfs::RootfsMount;
 pub(crate) use rootfs::mount_rootfs;
 
 use crate::spec::Bind;
+use bulkhead_proto::guest::SHARE_MOUNTS;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use std::ffi::CString;
 use std::fs::{self, OpenOptions};
@@ -100,14 +103,20 @@ pub(crate) fn mount_share(skeleton: &Path, share: &Path) -> Result<(), MountErro
 
 /// Binds a container's root at `target` below the share.
 pub(crate) fn bind_root_into_share(source: &Path, target: &Path) -> Result<(), MountError> {
-    bind_plainly(source, target, false, true)
+    bind_plainly(source, target, false, true, true)
 }
 
 /// Binds a bind mount's source at `target` below the share.
 pub(crate) fn bind_into_share(bind: &Bind, target: &Path) -> Result<(), MountError> {
     match &bind.ids {
         Some(ids) => idmap::bind_mapped(bind, ids, target),
-        None => bind_plainly(&bind.source, target, bind.readonly, bind.recursive),
+        None => bind_plainly(
+            &bind.source,
+            target,
+            bind.readonly,
+            bind.recursive,
+            bind.follows,
+        ),
     }
 }
 
@@ -116,9 +125,10 @@ fn bind_plainly(
     target: &Path,
     readonly: bool,
     recursive: bool,
+    follows: bool,
 ) -> Result<(), MountError> {
     let (flags, none) = (bind_flags(recursive), None::<&str>);
-    bind_into_share_with(target, readonly, recursive, || {
+    bind_into_share_with(target, readonly, recursive, follows, || {
         mount(Some(source), target, none, flags, none)
             .map_err(|errno| failed("bind", target, Some(source), errno))
     })
@@ -129,18 +139,19 @@ fn bind_into_share_with(
     target: &Path,
     readonly: bool,
     recursive: bool,
+    follows: bool,
     attach: impl FnOnce() -> Result<(), MountError>,
 ) -> Result<(), MountError> {
     attach()?;
     let finish = || {
-        // A slave sees what the host mounts there later, and unmounting here takes nothing away
-        // from the host.
-        let slave = if recursive {
-            MsFlags::MS_SLAVE | MsFlags::MS_REC
-        } else {
-            MsFlags::MS_SLAVE
+        // A slave sees what the host mounts there later. With either, unmounting here takes nothing
+        // away from the host.
+        let mut kind = match follows {
+            true => MsFlags::MS_SLAVE,
+            false => MsFlags::MS_PRIVATE,
         };
-        mount(None::<&str>, target, None::<&str>, slave, None::<&str>)
+        kind.set(MsFlags::MS_REC, recursive);
+        mount(None::<&str>, target, None::<&str>, kind, None::<&str>)
             .map_err(|errno| failed("set the propagation of", target, None, errno))?;
         set_attributes(target, readonly, recursive)
     };
@@ -157,7 +168,7 @@ pub(crate) fn mount_shm(target: &Path) -> Result<(), MountError> {
 
 /// Makes the mount points of a container in the skeleton.
 pub(crate) fn make_mount_points(folder: &Path, binds: &[Bind]) -> io::Result<()> {
-    let mounts = folder.join("mounts");
+    let mounts = folder.join(SHARE_MOUNTS);
     fs::create_dir(folder)?;
     fs::create_dir(folder.join("rootfs"))?;
     fs::create_dir(&mounts)?;

@@ -7,17 +7,52 @@ use std::path::{Path, PathBuf};
 
 /// All mount points at and below `path`, oldest first.
 pub(crate) fn mounts_below(path: &Path) -> Result<Vec<PathBuf>, MountError> {
-    let table = std::fs::read("/proc/self/mountinfo").map_err(MountError::Mountinfo)?;
-    Ok(mount_points(&table)
-        .filter(|point| point.starts_with(path))
-        .collect())
+    let mounts = mounts()?.into_iter().map(|mount| mount.point);
+    Ok(mounts.filter(|point| point.starts_with(path)).collect())
 }
 
-fn mount_points(table: &[u8]) -> impl Iterator<Item = PathBuf> {
-    table
-        .split(|byte| *byte == b'\n')
-        .filter_map(|line| line.split(|byte| *byte == b' ').nth(4))
-        .map(|point| PathBuf::from(OsString::from_vec(unescape(point))))
+/// A line of the table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Mount {
+    /// Of the file system, as `MAJOR:MINOR`.
+    pub device: String,
+    /// What of the file system is mounted.
+    pub root: PathBuf,
+    /// Where.
+    pub point: PathBuf,
+    /// The file system's type.
+    pub kind: String,
+}
+
+/// All mounts of this process's namespace, oldest first.
+pub(crate) fn mounts() -> Result<Vec<Mount>, MountError> {
+    let table = std::fs::read("/proc/self/mountinfo").map_err(MountError::Mountinfo)?;
+    Ok(parse(&table).collect())
+}
+
+fn parse(table: &[u8]) -> impl Iterator<Item = Mount> {
+    table.split(|byte| *byte == b'\n').filter_map(|line| {
+        let mut fields = line.split(|byte| *byte == b' ');
+        let device = text(fields.nth(2)?);
+        let root = path(fields.next()?);
+        let point = path(fields.next()?);
+        // Options, any number of optional fields, a dash.
+        let kind = fields.skip_while(|field| *field != b"-").nth(1)?;
+        Some(Mount {
+            device,
+            root,
+            point,
+            kind: text(kind),
+        })
+    })
+}
+
+fn text(field: &[u8]) -> String {
+    String::from_utf8_lossy(field).into_owned()
+}
+
+fn path(field: &[u8]) -> PathBuf {
+    PathBuf::from(OsString::from_vec(unescape(field)))
 }
 
 /// Blanks, tabs, newlines and backslashes are written as three octal digits.
@@ -53,8 +88,14 @@ mod tests {
     #[test]
     fn reads_mount_points() {
         let table = b"22 1 0:20 / /proc rw - proc proc rw\n23 1 0:21 / /a\\040b/c rw,x shared:2 - tmpfs t rw\n";
-        let points: Vec<_> = mount_points(table).collect();
-        assert_eq!(points, [PathBuf::from("/proc"), PathBuf::from("/a b/c")]);
+        let mounts: Vec<_> = parse(table).collect();
+        let points: Vec<_> = mounts.iter().map(|mount| mount.point.as_path()).collect();
+        assert_eq!(points, [Path::new("/proc"), Path::new("/a b/c")]);
+        let (last, root) = (&mounts[1], Path::new("/"));
+        assert_eq!(
+            (&*last.device, &*last.kind, &*last.root),
+            ("0:21", "tmpfs", root)
+        );
         assert!(
             mounts_below(Path::new("/proc"))
                 .unwrap()

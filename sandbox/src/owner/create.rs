@@ -3,13 +3,14 @@
 
 use super::{AfterStop, Container, Done, Owner, Running, Vm, memory};
 use crate::boot::{self, BootError, BootPlan};
+use crate::disks::Attached;
 use crate::error::{Error, Result};
 use crate::folder::StateFile;
 use crate::guest::Guest;
 use crate::hotplug::{Hotplug, MemoryBound};
 use crate::ids::{ContainerId, ProcessId};
 use crate::network::PodNetwork;
-use crate::ops;
+use crate::ops::{self, SetUp};
 use crate::pod::Role;
 use crate::pod_files;
 use crate::prepare::{self, Prepared};
@@ -35,6 +36,7 @@ impl Owner {
             init: Process::new(Phase::Creating, request.stdio.clone()),
             execs: BTreeMap::new(),
             prepared: None,
+            disks: Attached::default(),
             create_reply: Some(reply),
             held_exit: None,
             pid: 0,
@@ -188,9 +190,10 @@ impl Owner {
         });
     }
 
-    pub(super) fn created(&mut self, id: ContainerId, result: Result<Option<Copies>>) {
-        let copies = match result {
-            Ok(copies) => copies,
+    pub(super) fn created(&mut self, id: ContainerId, result: Result<Option<SetUp>>) {
+        let (copies, disks) = match result {
+            Ok(Some(set_up)) => (Some(set_up.copies), set_up.disks),
+            Ok(None) => (None, Attached::default()),
             Err(error) => return self.fail_prepared(id, error),
         };
         let guest = match self.guest() {
@@ -203,6 +206,7 @@ impl Owner {
             return;
         };
         container.init.attach(copies);
+        container.disks = disks;
         container.init.phase = Phase::Created;
         container.pid = pid;
         container.created_at = SystemTime::now();

@@ -21,6 +21,7 @@ mod resources;
 mod run;
 
 use crate::boot::{BootError, BootPlan};
+use crate::disks::Attached;
 use crate::error::{Error, Result};
 use crate::folder::StateFile;
 use crate::guest::Guest;
@@ -28,7 +29,7 @@ use crate::hotplug::Hotplug;
 use crate::ids::{ContainerId, ExecId, Namespace, ProcessId, SandboxId};
 use crate::mounts::RootfsMount;
 use crate::network::{NetworkHandle, PodNetwork};
-use crate::ops::AddedExec;
+use crate::ops::{AddedExec, SetUp};
 use crate::pod::{PodSettings, Role};
 use crate::prepare::Prepared;
 use crate::process::{ExitStatus, Phase, Process, Reply, Status};
@@ -77,6 +78,8 @@ struct Container {
     /// Known once the request has been checked.
     prepared: Option<Arc<Prepared>>,
     create_reply: Option<Reply<u32>>,
+    /// What was attached to the VM for it.
+    disks: Attached,
     /// The init's end, held back until the execs have ended.
     held_exit: Option<ExitStatus>,
     /// The VMM's pid, once there is one.
@@ -120,7 +123,7 @@ enum Done {
     },
     Created {
         id: ContainerId,
-        result: Result<Option<Copies>>,
+        result: Result<Option<SetUp>>,
     },
     Started {
         id: ContainerId,

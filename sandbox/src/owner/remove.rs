@@ -73,6 +73,7 @@ impl Owner {
             return;
         };
         let (prepared, pid) = (container.prepared.clone(), container.pid);
+        let disks = container.disks.clone();
         let Ok(process) = self.process(&id) else {
             return;
         };
@@ -87,9 +88,9 @@ impl Owner {
         let virtual_task = self.is_pod_sandbox(&id.container);
         self.spawn(async move {
             let guest = guest.filter(|_| !virtual_task);
-            let mut result = ops::delete(guest, id.clone(), copies).await;
+            let mut result = ops::delete(guest.clone(), id.clone(), copies).await;
             if let (Ok(()), Some(prepared)) = (&result, prepared) {
-                result = ops::remove_container(prepared, pid).await;
+                result = ops::remove_container(guest, prepared, disks, pid).await;
             }
             Done::Deleted {
                 id: id.container,

@@ -2,6 +2,8 @@
 
 use super::{SpecError, field, guest_bind, unsupported};
 use crate::ids::ContainerId;
+use crate::mounts::{MemoryVolume, MountError};
+use bulkhead_proto::agent::StorageMount;
 use oci_spec::runtime::{LinuxIdMapping, Mount, Spec};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
@@ -29,6 +31,8 @@ pub struct Bind {
     pub readonly: bool,
     /// With the mounts below it.
     pub recursive: bool,
+    /// What the host mounts below the source later shows up in the guest.
+    pub follows: bool,
     /// Other ids of its files' owners.
     pub ids: Option<MountIds>,
 }
@@ -96,20 +100,43 @@ fn forget_ids(mount: &mut Mount) {
     }
 }
 
-/// Re-sources `spec`'s bind mounts to the share and returns what has to be bound there.
+/// Refuses what would have to show up outside of the VM.
+fn check_propagation(mount: &Mount, at: &str) -> Result<(), SpecError> {
+    let shared = |word: &&String| *word == "shared" || *word == "rshared";
+    let Some(word) = mount.options().iter().flatten().find(shared) else {
+        return Ok(());
+    };
+    let problem = format!(
+        "{word:?} (Bidirectional in Kubernetes): what a container mounts is mounted in its virtual \
+         machine and cannot show up on the host; use \"rslave\" (HostToContainer) or \"rprivate\" \
+         (None)"
+    );
+    Err(unsupported(at, problem))
+}
+
+/// Where the sources of a spec's bind mounts come from.
+#[derive(Debug, Default)]
+pub(super) struct Sources {
+    /// What has to be bound into the share.
+    pub binds: Vec<Bind>,
+    /// What the guest mounts itself.
+    pub storage: Vec<StorageMount>,
+}
+
+/// Gives `spec`'s bind mounts their sources in the guest, and returns what has to be there.
 pub(super) fn translate(
     spec: &mut Spec,
     id: &ContainerId,
     bundle: &Path,
-) -> Result<Vec<Bind>, SpecError> {
-    let mut binds = Vec::new();
+) -> Result<Sources, SpecError> {
+    let mut sources = Sources::default();
     let own = spec.linux().as_ref().map(|linux| {
         let of = |maps: &Option<Vec<_>>| maps.clone().unwrap_or_default();
         (of(linux.uid_mappings()), of(linux.gid_mappings()))
     });
     let own = own.unwrap_or_default();
     let Some(mounts) = spec.mounts_mut() else {
-        return Ok(binds);
+        return Ok(sources);
     };
     for (n, mount) in mounts.iter_mut().enumerate() {
         let options = mount.options().clone().unwrap_or_default();
@@ -119,6 +146,7 @@ pub(super) fn translate(
         if !is_bind || has("remount") {
             continue;
         }
+        check_propagation(mount, &format!("mounts[{n}].options"))?;
         let at = format!("mounts[{n}].source");
         let source = match mount.source() {
             Some(source) if !source.as_os_str().is_empty() => bundle.join(source),
@@ -129,18 +157,27 @@ pub(super) fn translate(
         };
         let ids = mount_ids(mount, &own, &format!("mounts[{n}]"))?;
         forget_ids(mount);
-        let number = binds.len();
-        binds.push(Bind {
+        if is_dir && ids.is_none() {
+            let fail = |error: MountError| field(&at, error.to_string());
+            if let Some(volume) = MemoryVolume::of(&source).map_err(fail)? {
+                sources.storage.push(volume.mount().map_err(fail)?);
+                mount.set_source(Some(volume.in_guest()));
+                continue;
+            }
+        }
+        let number = sources.binds.len();
+        sources.binds.push(Bind {
             number,
             source,
             is_dir,
             readonly: has("ro") || has("rro"),
             recursive: has("rbind"),
+            follows: !has("private") && !has("rprivate"),
             ids,
         });
         mount.set_source(Some(guest_bind(id, number)));
     }
-    Ok(binds)
+    Ok(sources)
 }
 
 /// Whether `source` is a folder (true) or a file (false); none if the guest has it itself.

@@ -5,7 +5,7 @@
 //! | in the bundle | in the guest's spec |
 //! |---|---|
 //! | `root.path` | the root below the share ([`guest_rootfs`]) |
-//! | a bind mount's source | its place below the share, for files and folders |
+//! | a bind mount's source | its place below the share, for files and folders; volumes in memory are the guest's own |
 //! | `linux.namespaces[].path` | see `namespaces.rs` |
 //! | `hooks` | `startContainer` only, whose programs are the container's; the others run on the host |
 //! | AppArmor profile, SELinux labels | gone; the guest has neither |
@@ -22,7 +22,8 @@ use crate::host_cgroup::HostCgroup;
 use crate::ids::{ContainerId, Namespace, SandboxId};
 use crate::pod::{self, Annotations, PodLimits, PodSandbox, PodSettings, Role};
 use crate::pod_files;
-use bulkhead_proto::guest::SHARE_MOUNT;
+use bulkhead_proto::agent::StorageMount;
+use bulkhead_proto::guest::{SHARE_MOUNT, SHARE_MOUNTS};
 use oci_spec::runtime::{Hooks, Linux, LinuxResources, Process, Spec};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -99,10 +100,10 @@ pub fn guest_rootfs(id: &ContainerId) -> PathBuf {
 }
 
 /// Where the container's `n`th shared bind source is in the guest.
-fn guest_bind(id: &ContainerId, n: usize) -> PathBuf {
+pub(crate) fn guest_bind(id: &ContainerId, n: usize) -> PathBuf {
     Path::new(SHARE_MOUNT)
         .join(id)
-        .join("mounts")
+        .join(SHARE_MOUNTS)
         .join(n.to_string())
 }
 
@@ -120,6 +121,8 @@ pub struct GuestSpec {
     pub spec: Spec,
     /// What to bind into the share.
     pub binds: Vec<Bind>,
+    /// What the guest mounts itself, before it sets the container up.
+    pub storage: Vec<StorageMount>,
 }
 
 impl BundleSpec {
@@ -313,8 +316,12 @@ impl BundleSpec {
         };
         pod_files::add(&mut spec, &pod.files, namespaces::joins_ipc(&self.spec));
         namespaces::translate(&mut spec, pod.hostname.as_deref(), vm)?;
-        let binds = binds::translate(&mut spec, id, &self.bundle)?;
-        Ok(GuestSpec { spec, binds })
+        let sources = binds::translate(&mut spec, id, &self.bundle)?;
+        Ok(GuestSpec {
+            spec,
+            binds: sources.binds,
+            storage: sources.storage,
+        })
     }
 }
 

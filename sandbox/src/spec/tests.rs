@@ -116,6 +116,7 @@ fn files_and_folders_are_bound_through_the_share() {
             is_dir: false,
             readonly: true,
             recursive: false,
+            follows: true,
             ids: None,
         },
         Bind {
@@ -124,6 +125,7 @@ fn files_and_folders_are_bound_through_the_share() {
             is_dir: true,
             readonly: false,
             recursive: true,
+            follows: true,
             ids: None,
         },
     ];
@@ -235,6 +237,28 @@ fn what_cannot_be_shared_is_refused_by_name() {
             error.contains(wanted) && error.contains("mounts[0].source"),
             "{error}"
         );
+    }
+}
+
+#[test]
+fn mounts_that_would_reach_the_host_are_refused() {
+    let of = |word: &str| {
+        let mount = json!({"destination": "/x", "source": "/tmp", "options": ["rbind", word]});
+        let spec = with("/mounts", json!([mount]));
+        let spec = Bundle::new(&spec).load().unwrap();
+        spec.for_guest(&id(), &PodSettings::default())
+    };
+    for word in ["shared", "rshared"] {
+        let error = of(word).unwrap_err();
+        assert_eq!(error.kind(), Kind::Unimplemented);
+        let text = error.to_string();
+        assert!(
+            text.contains("mounts[0].options") && text.contains("rslave"),
+            "{text}"
+        );
+    }
+    for (word, follows) in [("rslave", true), ("ro", true), ("rprivate", false)] {
+        assert_eq!(of(word).unwrap().binds[0].follows, follows, "{word}");
     }
 }
 

@@ -8,6 +8,7 @@ mod conformance;
 mod containerd;
 mod crash;
 mod cri;
+mod disks;
 mod facts;
 mod limits;
 mod memory;
@@ -18,6 +19,7 @@ mod shim_restart;
 mod shim_sandbox;
 mod shim_storm;
 mod shim_task;
+mod snapshotters;
 mod streams;
 mod templates;
 mod terminal;
@@ -27,6 +29,7 @@ mod vm_hotplug;
 mod vm_net;
 mod vm_slots;
 mod vm_template;
+mod volumes;
 
 use bulkhead_tests::runner::{self, Need, Scenario};
 
@@ -66,6 +69,31 @@ const SCENARIOS: &[Scenario] = &[
         name: "cni-2",
         needs: Need::PodsOnCurrentContainerd,
         run: cri::network::current,
+    },
+    Scenario {
+        name: "volumes-pod",
+        needs: Need::Pods,
+        run: cri::volumes::run,
+    },
+    Scenario {
+        name: "volumes-files",
+        needs: Need::Guest,
+        run: volumes::files,
+    },
+    Scenario {
+        name: "disks",
+        needs: Need::Guest,
+        run: disks::run,
+    },
+    Scenario {
+        name: "rootfs-erofs",
+        needs: Need::CurrentContainerd,
+        run: snapshotters::erofs,
+    },
+    Scenario {
+        name: "rootfs-blockfile",
+        needs: Need::CurrentContainerd,
+        run: snapshotters::blockfile,
     },
     Scenario {
         name: "conformance",

@@ -7,6 +7,7 @@ mod security;
 mod stream;
 mod terminals;
 mod users;
+pub mod volumes;
 
 use bulkhead_tests::Artifacts;
 use bulkhead_tests::cgroups::Cgroup;

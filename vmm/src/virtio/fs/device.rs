@@ -8,6 +8,7 @@ use super::super::{
     mismatch,
 };
 use super::guard::{Guard, MAX_IO};
+use super::sync::{SYNCFS, sync_all};
 use crate::event_loop::{EventLoopHandle, watch};
 use bulkhead_proto::guest::SHARE_TAG;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
@@ -18,7 +19,7 @@ use fuse_backend_rs::passthrough::{CachePolicy, Config, PassthroughFs};
 use fuse_backend_rs::transport::{Reader, VirtioFsWriter};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 use vm_memory::GuestMemoryMmap;
@@ -75,7 +76,7 @@ pub struct FsDevice {
     file_system: Arc<Guard>,
     worker: WorkerSlot<FsWorker>,
     /// Named by the server's root path, so it stays open as long as the server.
-    _share: OwnedFd,
+    share: Arc<OwnedFd>,
 }
 
 impl FsDevice {
@@ -112,7 +113,7 @@ impl FsDevice {
         Ok(FsDevice {
             file_system: Arc::new(Guard::new(file_system)),
             worker: WorkerSlot::new(DeviceType::Fs, events),
-            _share: share,
+            share: Arc::new(share),
         })
     }
 }
@@ -158,6 +159,7 @@ impl VirtioDevice for FsDevice {
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
         self.worker.start(FsWorker {
             server: Server::new(self.file_system.clone()),
+            share: Arc::clone(&self.share),
             context: WorkerContext::new(DeviceType::Fs, activation.mem, activation.interrupt),
             queues: activation.queues,
         })
@@ -217,6 +219,7 @@ impl VirtioDevice for FsDevice {
 /// Serves both queues on the event loop's thread.
 struct FsWorker {
     server: Server<Arc<Guard>>,
+    share: Arc<OwnedFd>,
     context: WorkerContext,
     queues: Vec<Virtqueue>,
 }
@@ -224,12 +227,12 @@ struct FsWorker {
 impl FsWorker {
     fn serve(&mut self) -> Result<(), RingError> {
         let WorkerContext { mem, interrupt, .. } = &self.context;
-        let server = &self.server;
+        let (server, share) = (&self.server, self.share.as_fd());
         for queue in &mut self.queues {
             queue.serve(mem, interrupt, REQUESTS_PER_WAKE_UP, |chain| {
                 // Refuses broken chains, which the server's own walk would take for short ones.
                 Buffers::collect(chain.clone(), mem, MAX_DESCRIPTORS)?;
-                Ok(answer(server, chain, mem).unwrap_or(0))
+                Ok(answer(server, share, chain, mem).unwrap_or(0))
             })?;
         }
         Ok(())
@@ -238,7 +241,12 @@ impl FsWorker {
 
 /// Has the server answer one request; gives the length of its answer, none if it gave none. Its
 /// reasons are not logged: a guest could fill the log with them.
-fn answer(server: &Server<Arc<Guard>>, chain: Chain, mem: &GuestMemoryMmap) -> Option<u32> {
+fn answer(
+    server: &Server<Arc<Guard>>,
+    share: BorrowedFd<'_>,
+    chain: Chain,
+    mem: &GuestMemoryMmap,
+) -> Option<u32> {
     // From here on, descriptors are not looked at again: what is measured is what is used.
     let reader = Reader::from_descriptor_chain(mem, chain.clone()).ok()?;
     let writer = VirtioFsWriter::new(mem, chain).ok()?;
@@ -246,6 +254,12 @@ fn answer(server: &Server<Arc<Guard>>, chain: Chain, mem: &GuestMemoryMmap) -> O
         return None;
     }
     let (again, refusal) = (reader.clone(), writer.clone());
+    let header: Option<InHeader> = reader.clone().read_obj().ok();
+    if let Some(header) = header.filter(|header| header.opcode == SYNCFS) {
+        let failed = |error: io::Error| error.raw_os_error().unwrap_or(libc::EIO);
+        let error = sync_all(share).map_or_else(failed, |()| 0);
+        return reply(refusal, &header, error);
+    }
     match server.handle_message(reader, writer.into(), None, None) {
         Ok(len) => u32::try_from(len).ok(),
         // What the server can't parse it mostly doesn't answer, so that a client would wait.
@@ -254,7 +268,7 @@ fn answer(server: &Server<Arc<Guard>>, chain: Chain, mem: &GuestMemoryMmap) -> O
 }
 
 /// Answers EINVAL to a request that wants an answer.
-fn refuse(mut request: Reader, mut answer: VirtioFsWriter) -> Option<u32> {
+fn refuse(mut request: Reader, answer: VirtioFsWriter) -> Option<u32> {
     let header: InHeader = request.read_obj().ok()?;
     if [Opcode::Forget, Opcode::BatchForget]
         .iter()
@@ -262,13 +276,15 @@ fn refuse(mut request: Reader, mut answer: VirtioFsWriter) -> Option<u32> {
     {
         return None;
     }
+    reply(answer, &header, libc::EINVAL)
+}
+
+/// Answers with an error's number, or 0, alone.
+fn reply(mut answer: VirtioFsWriter, header: &InHeader, error: i32) -> Option<u32> {
     let len = size_of::<OutHeader>() as u32;
-    let refusal = OutHeader {
-        len,
-        error: -libc::EINVAL,
-        unique: header.unique,
-    };
-    answer.write_obj(refusal).ok()?;
+    let error = error.checked_neg()?;
+    let unique = header.unique;
+    answer.write_obj(OutHeader { len, error, unique }).ok()?;
     Some(len)
 }
 

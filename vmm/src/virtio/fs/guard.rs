@@ -10,13 +10,16 @@
 //! - refuses to make device nodes; opening existing ones is refused below (CVE-2020-35517 of
 //!   virtiofsd);
 //! - bounds the buffers whose size the client chooses;
+//! - has the client look soon again at what the host may change, the volumes;
 //! - numbers files by their FUSE node ids. The host's inode numbers repeat among the file systems
 //!   that are mounted below the share, which in the guest are one file system;
 //! - lacks what is not forwarded: ioctl, poll, bmap, locks and DAX mappings are answered ENOSYS. So
 //!   is FLUSH, after which Linux spares itself a message for each close(2): without write-back
 //!   there is nothing left to fail then.
 
+use super::checks::{check_flags, check_name, check_node};
 use super::held::Held;
+use super::volumes::Volumes;
 use fuse_backend_rs::abi::fuse_abi::{CreateIn, stat64, statvfs64};
 use fuse_backend_rs::api::filesystem::{
     Context, DirEntry, Entry, FileSystem, FsOptions, GetxattrReply, ListxattrReply, OpenOptions,
@@ -28,44 +31,23 @@ use std::io;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+/// How long the client may use what it knows of a file in a volume. The host changes such files
+/// while the guest runs: kubelet swaps a link when a ConfigMap changes.
+const VOLUME_TIME: Duration = Duration::from_secs(1);
 /// Longest read or write, and longest listing of a folder, in bytes.
 pub const MAX_IO: u32 = 1 << 20;
 /// XATTR_SIZE_MAX and XATTR_LIST_MAX of Linux: no attribute or list of names is longer.
 const MAX_XATTR: u32 = 64 << 10;
-/// NAME_MAX.
-const MAX_NAME: usize = 255;
-
-/// Flags of open(2) that a client may use. O_LARGEFILE has no bit in libc's constant on 64-bit
-/// targets, yet Linux sends it.
-const OPEN_FLAGS: u32 = (libc::O_ACCMODE
-    | libc::O_CREAT
-    | libc::O_EXCL
-    | libc::O_NOCTTY
-    | libc::O_TRUNC
-    | libc::O_APPEND
-    | libc::O_NONBLOCK
-    | libc::O_SYNC
-    | libc::O_DIRECT
-    | libc::O_DIRECTORY
-    | libc::O_NOFOLLOW
-    | libc::O_NOATIME
-    | libc::O_CLOEXEC) as u32
-    | KERNEL_LARGEFILE
-    | KERNEL_EXEC;
-/// O_LARGEFILE in the kernel of x86 and most others.
-const KERNEL_LARGEFILE: u32 = 0o100_000;
-/// FMODE_EXEC, which Linux leaves in the flags when a file is opened for execve(2).
-const KERNEL_EXEC: u32 = 0x20;
-
 /// The guarded file system.
 pub struct Guard {
     inner: PassthroughFs,
     /// What FUSE_INIT offered.
     capable: Mutex<Option<FsOptions>>,
     held: Held,
+    volumes: Volumes,
 }
 
-type Inode = u64;
+pub(super) type Inode = u64;
 type Handle = u64;
 
 impl Guard {
@@ -75,6 +57,7 @@ impl Guard {
             inner,
             capable: Mutex::new(None),
             held: Held::default(),
+            volumes: Volumes::default(),
         }
     }
 
@@ -88,54 +71,32 @@ impl Guard {
         &self.held
     }
 
-    /// Takes note of an entry that goes to the client, and shows it as [`entry_of`] says.
-    fn given(&self, parent: Inode, entry: Entry) -> Entry {
+    /// Takes note of an entry that goes to the client, and shows it as the client is to see it:
+    /// with its number there, and for how long.
+    fn given(&self, parent: Inode, name: &[u8], entry: Entry) -> Entry {
         self.held.given();
-        entry_of(parent, entry)
+        self.volumes.given(parent, name, entry.inode);
+        self.shown(parent, entry)
     }
-}
 
-fn refuse(errno: i32) -> io::Error {
-    io::Error::from_raw_os_error(errno)
-}
-
-/// One component of a path, other than `.` and `..`.
-fn check_name(name: &CStr) -> io::Result<()> {
-    match name.to_bytes() {
-        b"" | b"." | b".." => Err(refuse(libc::EINVAL)),
-        name if name.contains(&b'/') => Err(refuse(libc::EINVAL)),
-        name if name.len() > MAX_NAME => Err(refuse(libc::ENAMETOOLONG)),
-        _ => Ok(()),
+    /// An entry at the top of the share is always looked up again. That is where the host adds and
+    /// removes the containers' folders, while what is below belongs to the guest.
+    fn shown(&self, parent: Inode, mut entry: Entry) -> Entry {
+        entry.attr.st_ino = entry.inode;
+        entry.attr_timeout = self.for_long(entry.inode, entry.attr_timeout);
+        entry.entry_timeout = match parent {
+            ROOT_ID => Duration::ZERO,
+            _ => self.for_long(entry.inode, entry.entry_timeout),
+        };
+        entry
     }
-}
 
-/// Flags as they may go to open(2).
-fn check_flags(flags: u32) -> io::Result<u32> {
-    if flags & !OPEN_FLAGS != 0 {
-        return Err(refuse(libc::EINVAL));
+    fn for_long(&self, inode: Inode, time: Duration) -> Duration {
+        match self.volumes.has(inode) {
+            true => time.min(VOLUME_TIME),
+            false => time,
+        }
     }
-    Ok(flags & !(KERNEL_EXEC | KERNEL_LARGEFILE))
-}
-
-/// Only an overlay's whiteout (character device 0, 0), which is no device, and what is no device
-/// node at all.
-fn check_node(mode: u32, rdev: u32) -> io::Result<()> {
-    match mode & libc::S_IFMT {
-        libc::S_IFCHR if rdev == 0 => Ok(()),
-        libc::S_IFCHR | libc::S_IFBLK => Err(refuse(libc::EPERM)),
-        _ => Ok(()),
-    }
-}
-
-/// An entry as the guest is to see it: with its number there, and always looked up again if it is
-/// at the top of the share. That is where the host adds and removes the containers' folders, while
-/// what is below belongs to the guest.
-fn entry_of(parent: Inode, mut entry: Entry) -> Entry {
-    entry.attr.st_ino = entry.inode;
-    if parent == ROOT_ID {
-        entry.entry_timeout = Duration::ZERO;
-    }
-    entry
 }
 
 impl FileSystem for Guard {
@@ -162,23 +123,26 @@ impl FileSystem for Guard {
         self.inner.destroy();
         *self.capable.lock().unwrap_or_else(PoisonError::into_inner) = None;
         self.held.nothing();
+        self.volumes.nothing();
     }
 
     fn lookup(&self, ctx: &Context, parent: Inode, name: &CStr) -> io::Result<Entry> {
         check_name(name)?;
         self.inner
             .lookup(ctx, parent, name)
-            .map(|entry| self.given(parent, entry))
+            .map(|entry| self.given(parent, name.to_bytes(), entry))
     }
 
     fn forget(&self, ctx: &Context, inode: Inode, count: u64) {
         self.held.forgotten(inode, count);
+        self.volumes.forgotten(inode, count);
         self.inner.forget(ctx, inode, count);
     }
 
     fn batch_forget(&self, ctx: &Context, requests: Vec<(Inode, u64)>) {
         for &(inode, count) in &requests {
             self.held.forgotten(inode, count);
+            self.volumes.forgotten(inode, count);
         }
         self.inner.batch_forget(ctx, requests);
     }
@@ -191,7 +155,7 @@ impl FileSystem for Guard {
     ) -> io::Result<(stat64, Duration)> {
         let (mut attr, timeout) = self.inner.getattr(ctx, inode, handle)?;
         attr.st_ino = inode;
-        Ok((attr, timeout))
+        Ok((attr, self.for_long(inode, timeout)))
     }
 
     fn setattr(
@@ -204,7 +168,7 @@ impl FileSystem for Guard {
     ) -> io::Result<(stat64, Duration)> {
         let (mut attr, timeout) = self.inner.setattr(ctx, inode, attr, handle, valid)?;
         attr.st_ino = inode;
-        Ok((attr, timeout))
+        Ok((attr, self.for_long(inode, timeout)))
     }
 
     fn readlink(&self, ctx: &Context, inode: Inode) -> io::Result<Vec<u8>> {
@@ -222,7 +186,7 @@ impl FileSystem for Guard {
         check_name(name)?;
         self.inner
             .symlink(ctx, target, parent, name)
-            .map(|entry| self.given(parent, entry))
+            .map(|entry| self.given(parent, name.to_bytes(), entry))
     }
 
     fn mknod(
@@ -238,7 +202,7 @@ impl FileSystem for Guard {
         check_node(mode, rdev)?;
         self.inner
             .mknod(ctx, parent, name, mode, rdev, umask)
-            .map(|entry| self.given(parent, entry))
+            .map(|entry| self.given(parent, name.to_bytes(), entry))
     }
 
     fn mkdir(
@@ -252,7 +216,7 @@ impl FileSystem for Guard {
         check_name(name)?;
         self.inner
             .mkdir(ctx, parent, name, mode, umask)
-            .map(|entry| self.given(parent, entry))
+            .map(|entry| self.given(parent, name.to_bytes(), entry))
     }
 
     fn unlink(&self, ctx: &Context, parent: Inode, name: &CStr) -> io::Result<()> {
@@ -284,7 +248,7 @@ impl FileSystem for Guard {
         check_name(name)?;
         self.inner
             .link(ctx, inode, parent, name)
-            .map(|entry| self.given(parent, entry))
+            .map(|entry| self.given(parent, name.to_bytes(), entry))
     }
 
     fn open(
@@ -314,7 +278,8 @@ impl FileSystem for Guard {
         args.flags = check_flags(args.flags)?;
         let (entry, handle, options, backing) = self.inner.create(ctx, parent, name, args)?;
         self.held.opened(handle);
-        Ok((self.given(parent, entry), handle, options, backing))
+        let entry = self.given(parent, name.to_bytes(), entry);
+        Ok((entry, handle, options, backing))
     }
 
     fn read(
@@ -459,10 +424,13 @@ impl FileSystem for Guard {
         self.inner
             .readdirplus(ctx, inode, handle, size, offset, &mut |mut name, entry| {
                 name.ino = entry.inode;
-                let added = add_entry(name, entry_of(inode, entry));
+                let found = entry.inode;
+                let entry = self.given(inode, name.name, entry);
+                let added = add_entry(name, entry);
                 // 0 if there was no room for it: the server below forgets it again.
-                if added.as_ref().is_ok_and(|&len| len > 0) {
-                    self.held.given();
+                if !added.as_ref().is_ok_and(|&len| len > 0) {
+                    self.held.forgotten(found, 1);
+                    self.volumes.forgotten(found, 1);
                 }
                 added
             })

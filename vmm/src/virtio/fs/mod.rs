@@ -7,13 +7,18 @@
 //! Mounts that appear below the folder later are served like folders. Each file has a number of
 //! its own (the FUSE node id, reported as st_ino as well), whichever host file system it is on.
 
+#[cfg(test)]
+mod attack_tests;
+mod checks;
 mod device;
 mod guard;
 mod held;
 #[cfg(test)]
 mod suspend_tests;
+mod sync;
 #[cfg(test)]
 mod tests;
+mod volumes;
 
 pub use device::{FsDevice, FsError};
 

@@ -2,6 +2,7 @@
 
 use super::super::VirtioDevice;
 use super::super::testing::{Desc, DriverQueue, activation, install_filter, wait_until};
+use super::sync::SYNCFS;
 use super::*;
 use crate::event_loop::EventLoop;
 use crate::seccomp::ThreadKind;
@@ -14,36 +15,36 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-const LOOKUP: u32 = 1;
+pub(super) const LOOKUP: u32 = 1;
 const FORGET: u32 = 2;
-const GETATTR: u32 = 3;
-const SETATTR: u32 = 4;
+pub(super) const GETATTR: u32 = 3;
+pub(super) const SETATTR: u32 = 4;
 const READLINK: u32 = 5;
-const SYMLINK: u32 = 6;
+pub(super) const SYMLINK: u32 = 6;
 const MKNOD: u32 = 8;
-const MKDIR: u32 = 9;
-const UNLINK: u32 = 10;
+pub(super) const MKDIR: u32 = 9;
+pub(super) const UNLINK: u32 = 10;
 const RMDIR: u32 = 11;
-const RENAME: u32 = 12;
-const LINK: u32 = 13;
-const OPEN: u32 = 14;
-const READ: u32 = 15;
-const WRITE: u32 = 16;
+pub(super) const RENAME: u32 = 12;
+pub(super) const LINK: u32 = 13;
+pub(super) const OPEN: u32 = 14;
+pub(super) const READ: u32 = 15;
+pub(super) const WRITE: u32 = 16;
 const STATFS: u32 = 17;
 const RELEASE: u32 = 18;
 const FSYNC: u32 = 20;
-const SETXATTR: u32 = 21;
+pub(super) const SETXATTR: u32 = 21;
 const GETXATTR: u32 = 22;
 const LISTXATTR: u32 = 23;
 const FLUSH: u32 = 25;
 const INIT: u32 = 26;
-const OPENDIR: u32 = 27;
+pub(super) const OPENDIR: u32 = 27;
 const READDIR: u32 = 28;
 const ACCESS: u32 = 34;
-const CREATE: u32 = 35;
+pub(super) const CREATE: u32 = 35;
 const IOCTL: u32 = 39;
 const FALLOCATE: u32 = 43;
-const READDIRPLUS: u32 = 44;
+pub(super) const READDIRPLUS: u32 = 44;
 const LSEEK: u32 = 46;
 
 const REQUEST: u64 = 0x10_0000;
@@ -59,8 +60,8 @@ pub(super) struct Client {
     interrupt: Arc<super::super::Interrupt>,
     pub(super) share: PathBuf,
     /// Holds the share and a file beside it that no client may reach.
-    folder: tempfile::TempDir,
-    ids: (u32, u32),
+    pub(super) folder: tempfile::TempDir,
+    pub(super) ids: (u32, u32),
     _events: EventLoop,
 }
 
@@ -73,7 +74,7 @@ impl Body {
         self.0.extend(value.to_le_bytes());
         self
     }
-    fn u64(mut self, value: u64) -> Self {
+    pub(super) fn u64(mut self, value: u64) -> Self {
         self.0.extend(value.to_le_bytes());
         self
     }
@@ -95,7 +96,7 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
 }
 
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
+pub(super) fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
 }
 
@@ -106,7 +107,7 @@ impl Client {
 
     /// `on_start` runs first in the server's thread, which then gets the filter that it has in
     /// earnest.
-    fn with_thread(on_start: impl FnOnce() + Send + 'static) -> Self {
+    pub(super) fn with_thread(on_start: impl FnOnce() + Send + 'static) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let share = folder.path().join("share");
         fs::create_dir(&share).unwrap();
@@ -204,12 +205,18 @@ impl Client {
         self.send(CREATE, ROOT, body.name(name))
     }
 
-    fn open(&mut self, opcode: u32, node: u64, flags: i32) -> Result<u64, i32> {
+    pub(super) fn open(&mut self, opcode: u32, node: u64, flags: i32) -> Result<u64, i32> {
         let reply = self.send(opcode, node, body().u32(flags as u32).u32(0))?;
         Ok(u64_at(&reply, 0))
     }
 
-    fn read(&mut self, opcode: u32, node: u64, handle: u64, size: u32) -> Result<Vec<u8>, i32> {
+    pub(super) fn read(
+        &mut self,
+        opcode: u32,
+        node: u64,
+        handle: u64,
+        size: u32,
+    ) -> Result<Vec<u8>, i32> {
         let body = body().u64(handle).u64(0).u32(size).u32(0).u64(0);
         self.send(opcode, node, body.u32(0).u32(0))
     }
@@ -607,6 +614,24 @@ fn endless_messages_are_refused_and_broken_chains_need_a_reset() {
     wait_until("DEVICE_NEEDS_RESET", || {
         broken.interrupt.reset_needed().then_some(())
     });
+}
+
+#[test]
+fn all_file_systems_of_containers_are_synced() {
+    let mut client = Client::new();
+    for path in ["c1/rootfs", "c1/mounts/0", "c2/rootfs", "c2/mounts"] {
+        fs::create_dir_all(client.share.join(path)).unwrap();
+    }
+    fs::write(client.share.join("c1/mounts/1"), "").unwrap();
+    // One padding word, which Linux leaves at 0.
+    client.ok(SYNCFS, ROOT, body().u64(0));
+    // What can't be opened is no success.
+    fs::remove_dir(client.share.join("c1/rootfs")).unwrap();
+    symlink(client.folder.path(), client.share.join("c1/rootfs")).unwrap();
+    assert_eq!(client.send(SYNCFS, ROOT, body().u64(0)), Err(libc::ELOOP));
+    fs::remove_dir_all(client.share.join("c1")).unwrap();
+    client.ok(SYNCFS, ROOT, body().u64(0));
+    assert!(client.raw(&client.message(SYNCFS, ROOT, &[]), 8).is_empty());
 }
 
 #[test]
