@@ -37,6 +37,7 @@ pub type DaemonError = Box<dyn std::error::Error + Send + Sync>;
 /// # Errors
 /// When the ids are bad or the socket can't be used.
 pub fn run(flags: &Flags) -> Result<(), DaemonError> {
+    share_heap();
     logging::to_bundle(Path::new("."), flags.debug);
     // SAFETY: `start` put the listening socket there for this process alone; nothing else has
     // taken it yet.
@@ -52,6 +53,16 @@ pub fn run(flags: &Flags) -> Result<(), DaemonError> {
     // Blocking work that can't be waited for, a hook that hangs, must not keep the shim.
     runtime.shutdown_timeout(LAST_ANSWERS);
     result
+}
+
+/// glibc gives threads heaps of their own, up to eight for each core, and each keeps some of what it
+/// once held. A shim is there for every pod, and its threads mostly wait: one heap does for all.
+fn share_heap() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: it takes two numbers, and there is no other thread yet.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
 }
 
 async fn serve(flags: &Flags, listener: UnixListener) -> Result<(), DaemonError> {

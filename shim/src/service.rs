@@ -24,6 +24,8 @@ use protobuf::MessageField;
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 use tokio::sync::Notify;
 use ttrpc::r#async::{Service, TtrpcContext};
 
@@ -35,14 +37,35 @@ const V2: &str = "containerd.task.v2.Task";
 pub struct TaskService {
     sandbox: Sandbox,
     leave: Arc<Notify>,
+    /// A shutdown has come while there were containers.
+    shutdown_asked: AtomicBool,
 }
+
+/// How long the daemon has to ask again for a shutdown that came too early.
+const LAST_CALLS: Duration = Duration::from_secs(3);
 
 type Answer<T> = ttrpc::Result<T>;
 
 impl TaskService {
     /// A service for `sandbox`, which rings `leave` when the shim should end.
     pub fn new(sandbox: Sandbox, leave: Arc<Notify>) -> Self {
-        Self { sandbox, leave }
+        Self {
+            sandbox,
+            leave,
+            shutdown_asked: AtomicBool::new(false),
+        }
+    }
+
+    /// When a machine dies, containerd 2.x may delete the pod's own container before the others, and
+    /// then nobody asks for a shutdown again.
+    fn leave_if_empty(&self) {
+        let (sandbox, leave) = (self.sandbox.clone(), self.leave.clone());
+        tokio::spawn(async move {
+            tokio::time::sleep(LAST_CALLS).await;
+            if sandbox.is_empty().await.unwrap_or(true) {
+                leave.notify_one();
+            }
+        });
     }
 
     /// The service under both of its names: the messages are the same.
@@ -200,6 +223,9 @@ impl Task for TaskService {
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> Answer<DeleteResponse> {
         let id = process(&request.id, &request.exec_id)?;
         let deleted = self.sandbox.delete(id).await.map_err(RequestError::from)?;
+        if request.exec_id.is_empty() && self.shutdown_asked.load(Ordering::Relaxed) {
+            self.leave_if_empty();
+        }
         Ok(DeleteResponse {
             pid: deleted.pid,
             exit_status: deleted.exit.code,
@@ -285,6 +311,8 @@ impl Task for TaskService {
         // Comes after each delete; others of the pod may still be here.
         if request.now || self.sandbox.is_empty().await.map_err(RequestError::from)? {
             self.leave.notify_one();
+        } else {
+            self.shutdown_asked.store(true, Ordering::Relaxed);
         }
         Ok(Empty::new())
     }

@@ -314,7 +314,8 @@ impl Containerd {
     pub fn ctr_command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new("timeout");
         command
-            .args(["--kill-after=5", "150"])
+            // In the caller's process group: in one of its own a terminal would stop it (SIGTTOU).
+            .args(["--foreground", "--kill-after=5", "150"])
             .arg(self.release.programs.join("ctr"));
         self.connected(command, arguments)
     }

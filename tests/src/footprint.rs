@@ -10,6 +10,9 @@ use std::ops::AddAssign;
 pub struct Footprint {
     /// KiB of memory that nobody else maps (Private_Clean and Private_Dirty of smaps_rollup).
     pub private_kib: u64,
+    /// KiB of these that the process has written to. The rest, its program above all, becomes
+    /// private or shared as others of its kind come and go.
+    pub written_kib: u64,
     /// KiB of memory that others map too; of several processes the sum, shared pages counted once
     /// for each.
     pub shared_kib: u64,
@@ -24,6 +27,7 @@ pub struct Footprint {
 impl AddAssign for Footprint {
     fn add_assign(&mut self, other: Self) {
         self.private_kib += other.private_kib;
+        self.written_kib += other.written_kib;
         self.shared_kib += other.shared_kib;
         self.proportional_kib += other.proportional_kib;
         self.threads += other.threads;
@@ -70,6 +74,7 @@ fn memory_of(rollup: &str) -> Option<Footprint> {
     };
     Some(Footprint {
         private_kib: field("Private_Clean")? + field("Private_Dirty")?,
+        written_kib: field("Private_Dirty")?,
         shared_kib: field("Shared_Clean")? + field("Shared_Dirty")?,
         proportional_kib: field("Pss")?,
         ..Default::default()
@@ -147,6 +152,7 @@ mod tests {
             (found.private_kib, found.shared_kib, found.proportional_kib),
             (58, 42, 60)
         );
+        assert_eq!(found.written_kib, 50);
         assert_eq!(memory_of("Rss: 100 kB\n"), None);
     }
 

@@ -245,7 +245,7 @@ impl Shim<'_> {
         let mut call = ttrpc::Request::new();
         call.service = service.to_owned();
         call.method = method.to_owned();
-        call.timeout_nano = Duration::from_secs(180).as_nanos() as i64;
+        call.timeout_nano = limit_of(method).as_nanos() as i64;
         call.payload = payload.map_err(|error| Error::Unexpected(error.to_string()))?;
         let response = self.client.request(call).map_err(|error| match error {
             ttrpc::Error::RpcStatus(status) => Error::Rpc {
@@ -504,4 +504,10 @@ fn busybox_root(root: &Path) -> Result<()> {
             .context(|| format!("link {applet}"))?;
     }
     Ok(())
+}
+
+/// Longest that a call may take on a loaded machine. What a process does until it ends is no
+/// work of the shim's.
+fn limit_of(method: &str) -> Duration {
+    Duration::from_secs(if method == "Wait" { 500 } else { 180 })
 }

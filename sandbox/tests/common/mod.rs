@@ -35,6 +35,13 @@ fn netns() -> (std::fs::File, PathBuf) {
     (file, path.into())
 }
 
+/// A daemon's namespace of this test's own: the sandboxes' cgroups on the host are named by it.
+fn namespace_of(dir: &tempfile::TempDir) -> Namespace {
+    let name = dir.path().file_name().unwrap().to_str().unwrap();
+    let name = format!("test-{}", name.trim_start_matches('.'));
+    Namespace::try_from(name.as_str()).unwrap()
+}
+
 /// One sandbox and everything around it.
 pub struct Pod {
     pub dir: tempfile::TempDir,
@@ -56,7 +63,8 @@ impl Pod {
         let agent = FakeAgent::serve(dir.path()).await;
         let (send, notifications) = mpsc::unbounded_channel();
         let id = SandboxId::try_from("pod").unwrap();
-        let sandbox = Sandbox::new(id, Namespace::try_from("test").unwrap(), send);
+        let namespace = namespace_of(&dir);
+        let sandbox = Sandbox::new(id, namespace, send);
         let (held, netns) = netns();
         let mut image = vec![0; 4096];
         image[1024..1028].copy_from_slice(&0xE0F5_E1E2_u32.to_le_bytes());
@@ -96,11 +104,16 @@ impl Pod {
         self
     }
 
+    /// The daemon's namespace that its sandboxes are in.
+    pub fn namespace(&self) -> String {
+        namespace_of(&self.dir).to_string()
+    }
+
     /// A second pod beside this one: of the same host, agent and configuration.
     pub fn sibling(&self) -> Sandbox {
         let (send, _) = mpsc::unbounded_channel();
         let id = SandboxId::try_from("sibling").unwrap();
-        Sandbox::new(id, Namespace::try_from("test").unwrap(), send)
+        Sandbox::new(id, namespace_of(&self.dir), send)
     }
 
     /// A bundle whose process is `args`.

@@ -61,7 +61,7 @@ async fn a_pod_of_the_sandbox_api_from_its_beginning_to_its_end() {
 
     pod.sandbox.create(member(&pod, "c1")).await.unwrap();
     pod.sandbox.start(process("c1")).await.unwrap();
-    let place = pod.runtime_dir().join("test/pod/pod");
+    let place = pod.runtime_dir().join(pod.namespace()).join("pod/pod");
     let file = |name: &str| std::fs::read_to_string(place.join(name)).unwrap();
     assert_eq!(file("hostname"), "web-0\n");
     assert_eq!(file("resolv.conf"), "nameserver 192.0.2.53\n");

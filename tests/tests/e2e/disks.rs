@@ -15,7 +15,7 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const V: TaskVersion = TaskVersion::V3;
 const SLOW: Duration = Duration::from_secs(120);
@@ -290,6 +290,12 @@ fn killed(checks: &mut Checks, bundle: &Bundle, shim: &Shim<'_>, disks: &Disks) 
     let small = bundle.beside("small");
     let Some(shim) = checks.require("a further container goes on with the same disks", || {
         shim.shutdown(V).unwrap();
+        // The next one has its address.
+        let end = Instant::now() + Duration::from_secs(30);
+        while !processes_of("containerd-shim-bulkhead-v2").is_empty() {
+            assert!(Instant::now() < end, "the shim stays");
+            std::thread::sleep(Duration::from_millis(50));
+        }
         fs::create_dir(&small).unwrap();
         mount(
             Some("tmpfs"),

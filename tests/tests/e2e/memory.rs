@@ -49,7 +49,7 @@ fn private_kib() -> u64 {
     let vmm = processes_of("bulkhead-vmm");
     assert_eq!(vmm.len(), 1, "VMMs: {vmm:?}");
     let pid = u32::try_from(vmm[0].as_raw()).unwrap();
-    Footprint::of(pid).unwrap().private_kib
+    Footprint::of(pid).unwrap().written_kib
 }
 
 /// Looks again until no more than `wanted` KiB are held.

@@ -48,7 +48,7 @@ fn storm(checks: &mut Checks, pod: &Pod<'_>, name: &str, blow: impl FnOnce()) {
         let left = after.more_than(&before);
         assert!(left.is_empty(), "{left:?}");
         for (name, before, after) in [
-            ("shim", before.shim.private_kib, after.shim.private_kib),
+            ("shim", before.shim.written_kib, after.shim.written_kib),
             ("agent", before.agent_kib, after.agent_kib),
         ] {
             assert!(after <= before + SLACK, "{name}: {before} KiB, now {after}");

@@ -67,9 +67,10 @@ fn through(checks: &mut Checks, artifacts: &Artifacts, snapshotter: &'static str
             let new: String = mounts()
                 .lines()
                 .filter(|line| !mounts_before.contains(line))
+                .map(|line| format!("{line}\n"))
                 .collect();
             assert!(
-                !new.contains("erofs") && !new.contains("/dev/loop"),
+                !new.contains(" erofs ") && !new.contains("/dev/loop"),
                 "{new}"
             );
             containerd

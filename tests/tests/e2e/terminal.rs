@@ -37,6 +37,8 @@ fn through_ctr(checks: &mut Checks, artifacts: &Artifacts) {
                 .collect();
             let inner = format!("stty rows 33 cols 101; {}", words.join(" "));
             let output = Command::new("script")
+                // It takes another shell where the environment names one.
+                .env_remove("SHELL")
                 .args(["--quiet", "--return", "--command", &inner, "/dev/null"])
                 .stdin(std::process::Stdio::null())
                 .output()

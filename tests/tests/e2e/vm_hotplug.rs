@@ -37,7 +37,7 @@ fn resize(vm: &Vm, mib: u32) {
     println!(
         "{mib} MiB plugged after {:.1} s, private memory {} KiB",
         begin.elapsed().as_secs_f64(),
-        Footprint::of(vm.pid()).unwrap().private_kib
+        Footprint::of(vm.pid()).unwrap().written_kib
     );
 }
 
@@ -67,12 +67,12 @@ pub fn run(checks: &mut Checks, artifacts: &Artifacts) {
         assert_eq!(status(&vm).requested_mib, 0);
     });
     checks.check("grows to the limit and shrinks, again and again", || {
-        let before = Footprint::of(vm.pid()).unwrap().private_kib;
+        let before = Footprint::of(vm.pid()).unwrap().written_kib;
         for mib in [130, LIMIT_MIB, 64, 0, 200, 0] {
             resize(&vm, mib);
         }
         // What Linux noted about the plugged pages went with them.
-        let after = Footprint::of(vm.pid()).unwrap().private_kib;
+        let after = Footprint::of(vm.pid()).unwrap().written_kib;
         assert!(after < before + 16 * 1024, "{before} KiB, then {after} KiB");
     });
 }

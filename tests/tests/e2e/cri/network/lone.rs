@@ -36,6 +36,13 @@ pub fn prepare() {
     std::os::unix::fs::symlink(CNI_PLUGINS, opt.join("cni/bin")).unwrap();
 }
 
+/// Takes these away again.
+pub fn clean_up() {
+    for place in ["/etc", "/opt"] {
+        nix::mount::umount2(place, nix::mount::MntFlags::MNT_DETACH).unwrap();
+    }
+}
+
 pub fn run(checks: &mut Checks, containerd: &Containerd) {
     checks.check("ctr run --cni: the network comes before the start", || {
         // The bridge is made by the first container's plugin.
