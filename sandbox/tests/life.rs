@@ -167,7 +167,8 @@ async fn a_failed_create_names_the_cause_and_leaves_nothing() {
             "this host has",
         ),
         (mounted(&["bind"], "bind"), "/nonexistent/layer"),
-        (mounted(&["loop"], "ext4"), "loop"),
+        // A disk, which goes to the guest; a tmpfs below it does not.
+        (mounted(&["loop"], "ext4"), "as a disk"),
         (stdio("/nonexistent/fifo"), "/nonexistent/fifo"),
         (stdio("carrier-pigeon:///x"), "carrier-pigeon"),
     ] {
