@@ -271,23 +271,26 @@ fn one_pod(checks: &mut Checks, web: &Served) {
             }
         },
     );
-    checks.check("pod to host: some hundred KiB there and back, unchanged", || {
-        for host in [HOST, SECOND_HOST] {
-            let server = servers::echo(host);
-            let (ip, port) = (server.ip(), server.port());
-            // Every byte comes back one higher.
-            let sums = shell(&format!(
-                "seq 1 40000 >/tmp/sent; nc {ip} {port} </tmp/sent >/tmp/got; \
+    checks.check(
+        "pod to host: some hundred KiB there and back, unchanged",
+        || {
+            for host in [HOST, SECOND_HOST] {
+                let server = servers::echo(host);
+                let (ip, port) = (server.ip(), server.port());
+                // Every byte comes back one higher.
+                let sums = shell(&format!(
+                    "seq 1 40000 >/tmp/sent; nc {ip} {port} </tmp/sent >/tmp/got; \
                  tr '\\n0-9' '\\v1-9:' </tmp/sent | sha256sum; sha256sum </tmp/got; \
                  wc -c </tmp/got"
-            ));
-            let [sent, got, length] = sums.lines().collect::<Vec<_>>()[..] else {
-                panic!("{sums}");
-            };
-            assert_eq!(sent, got);
-            assert_eq!(length, "228894");
-        }
-    });
+                ));
+                let [sent, got, length] = sums.lines().collect::<Vec<_>>()[..] else {
+                    panic!("{sums}");
+                };
+                assert_eq!(sent, got);
+                assert_eq!(length, "228894");
+            }
+        },
+    );
     checks.check("DNS by the pod's resolv.conf", || {
         servers::names(HOST, "db.pods.test", Ipv4Addr::new(10, 88, 0, 77));
         let found = shell("nslookup db.pods.test");
@@ -408,8 +411,13 @@ fn killed(checks: &mut Checks, served: Served) {
         }
     });
     checks.check("and its pod can be removed", || {
-        served.pod.client.stop_pod(&served.pod.id).unwrap();
-        served.pod.client.remove_pod(&served.pod.id).unwrap();
+        // containerd learns of the containers' ends one by one; kubelet asks until it is done.
+        let (client, id) = (served.pod.client, &served.pod.id);
+        let end = Instant::now() + Duration::from_secs(60);
+        while let Err(error) = client.stop_pod(id).and_then(|()| client.remove_pod(id)) {
+            assert!(Instant::now() < end, "{error}");
+            std::thread::sleep(Duration::from_millis(500));
+        }
     });
 }
 
