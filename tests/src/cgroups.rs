@@ -59,6 +59,38 @@ impl Drop for Cgroup {
     }
 }
 
+/// Removes what an earlier run of this scenario has left that was killed.
+pub fn remove_leftovers() {
+    let namespace = crate::namespace();
+    remove(&format!("bulkhead-{namespace}"));
+    remove(&namespace);
+}
+
+/// Removes the folders of this name, whose processes have ended, from every hierarchy.
+pub fn remove(name: &str) {
+    folders(name).iter().for_each(|folder| remove_tree(folder));
+}
+
+/// A cgroup goes by rmdir, from the leaves upwards.
+fn remove_tree(folder: &Path) {
+    let Ok(entries) = std::fs::read_dir(folder) else {
+        return;
+    };
+    for entry in entries.flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_tree(&entry.path());
+        }
+    }
+    // Processes that were just killed may take a moment to leave.
+    for _ in 0..50 {
+        if std::fs::remove_dir(folder).is_ok() || !folder.exists() {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    eprintln!("the cgroup {} is left", folder.display());
+}
+
 fn folders(path: &str) -> Vec<PathBuf> {
     let below = path.trim_start_matches('/');
     let root = Path::new(MOUNT);

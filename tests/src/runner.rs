@@ -13,6 +13,7 @@ mod isolate;
 mod report;
 
 use crate::artifacts::Artifacts;
+use crate::cgroups;
 use report::Totals;
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -114,6 +115,7 @@ fn run_here(scenario: &Scenario) -> ExitCode {
     };
     let prepared = checks.require("namespaces and what was built", || {
         isolate::prepare_run();
+        cgroups::remove_leftovers();
         Artifacts::find().unwrap_or_else(|error| panic!("{error}"))
     });
     if let Some(artifacts) = prepared {

@@ -9,11 +9,12 @@
 //!       bulkhead-bench (stage work) measures
 //! ```
 
+use bulkhead_tests::cgroups;
 use bulkhead_tests::error::{Context, Error, Result};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::wait::{WaitStatus, wait};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, ExitCode};
 
 /// Environment variable that tells a process its stage.
@@ -101,7 +102,7 @@ fn outside() -> Result<u8> {
             }
         }
     };
-    remove_cgroups(Path::new("/sys/fs/cgroup"), &cgroup);
+    cgroups::remove(&cgroup);
     Ok(u8::try_from(code).unwrap_or(1))
 }
 
@@ -142,34 +143,4 @@ fn prepare_run() -> Result<()> {
         std::fs::create_dir_all(folder).context(|| format!("make {folder}"))?;
     }
     Ok(())
-}
-
-/// Removes the folders of this name, whose processes have ended, from every hierarchy.
-fn remove_cgroups(root: &Path, name: &str) {
-    let mut places = vec![root.to_owned()];
-    let hierarchies = std::fs::read_dir(root).into_iter().flatten().flatten();
-    places.extend(hierarchies.map(|entry| entry.path()));
-    for place in places {
-        remove_folders(&place.join(name));
-    }
-}
-
-/// A cgroup goes by rmdir, from the leaves upwards.
-fn remove_folders(folder: &Path) {
-    let Ok(entries) = std::fs::read_dir(folder) else {
-        return;
-    };
-    for entry in entries.flatten() {
-        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            remove_folders(&entry.path());
-        }
-    }
-    // Processes that were just killed may take a moment to leave.
-    for _ in 0..50 {
-        if std::fs::remove_dir(folder).is_ok() || !folder.exists() {
-            return;
-        }
-        std::thread::sleep(std::time::Duration::from_millis(20));
-    }
-    eprintln!("bulkhead-bench: {} is left", folder.display());
 }
