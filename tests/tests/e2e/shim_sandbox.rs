@@ -22,6 +22,7 @@ use containerd_shim_protos::sandbox_api::{
 use protobuf::Message;
 use protobuf::well_known_types::any::Any;
 use serde_json::{Value, json};
+use std::os::fd::AsRawFd;
 use std::time::Duration;
 use ttrpc::Code;
 
@@ -33,6 +34,17 @@ const SLOW: Duration = Duration::from_secs(120);
 struct Pod<'a> {
     shim: Shim<'a>,
     bundle: &'a Bundle,
+    /// A network namespace as CNI would have made it, held by this descriptor.
+    netns: std::fs::File,
+}
+
+/// A new network namespace.
+fn netns() -> std::fs::File {
+    let made = std::thread::spawn(|| {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+        std::fs::File::open("/proc/thread-self/ns/net").unwrap()
+    });
+    made.join().unwrap()
 }
 
 /// A method whose request is the sandbox's id and nothing else.
@@ -87,7 +99,7 @@ impl Pod<'_> {
             sandbox_id: id.into(),
             bundle_path: self.bundle.path().display().to_string(),
             options: Some(options).into(),
-            netns_path: "/proc/self/ns/net".into(),
+            netns_path: format!("/proc/{}/fd/{}", std::process::id(), self.netns.as_raw_fd()),
             ..Default::default()
         };
         self.shim.sandbox("CreateSandbox", &request)
@@ -105,6 +117,7 @@ pub fn run(checks: &mut Checks, artifacts: &Artifacts) {
         let started = checks.require("start without a spec in the bundle", || Pod {
             shim: bundle.start().unwrap(),
             bundle: &bundle,
+            netns: netns(),
         });
         let Some(pod) = started else { return };
         unknown(checks, &pod);
@@ -345,6 +358,7 @@ fn machine_killed(checks: &mut Checks, artifacts: &Artifacts) {
         let pod = Pod {
             shim,
             bundle: &bundle,
+            netns: netns(),
         };
         pod.create(POD).unwrap();
         let pid = pod.start(POD).unwrap().pid;
