@@ -83,7 +83,8 @@ fn binary_log(checks: &mut Checks, bundle: &Bundle, shim: &Shim<'_>) {
         let text = std::fs::read_to_string(&result).unwrap();
         let mut lines = text.lines();
         let first = lines.next().unwrap_or_default();
-        assert!(first.contains("e2e tag blue"), "{text}");
+        let wanted = format!("{} tag blue", bulkhead_tests::namespace());
+        assert!(first.contains(&wanted), "{text}");
         assert_eq!(lines.collect::<Vec<_>>(), ["out", "err"], "{text}");
     });
 }
