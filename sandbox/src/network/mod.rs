@@ -12,20 +12,23 @@
 
 mod changes;
 mod error;
+mod filter;
 mod forward;
 mod join;
 mod joined;
-mod limits;
 mod netns;
 mod redirect;
 mod request;
+mod senders;
+mod settings;
 mod sk_lookup;
 mod state;
 mod tap;
 
 pub use error::NetworkError;
-pub use limits::RateLimits;
 pub(crate) use netns::is_hosts;
+pub(crate) use settings::NetworkSettings;
+pub use settings::{NetworkConfig, SourceAddresses};
 
 use crate::boot::BootPlan;
 use crate::guest::Guest;
@@ -70,7 +73,7 @@ impl PodNetwork {
             folder: Arc::new(plan.folder.clone()),
             guest,
             queues: usize::from(plan.size.vcpus).clamp(1, MAX_REQUEST_DESCRIPTORS),
-            rates: plan.rates,
+            settings: plan.network,
         };
         let (wishes, wished) = mpsc::unbounded_channel();
         let (over, ended) = oneshot::channel();
