@@ -331,7 +331,7 @@ mod tests {
         let change = |more: Option<&str>, own_only| {
             let mut changed = eth0.clone();
             let mut address = changed.addresses[0];
-            for ip in more {
+            if let Some(ip) = more {
                 address.ip = ip.parse().unwrap();
                 changed.addresses.push(address);
             }

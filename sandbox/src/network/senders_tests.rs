@@ -62,7 +62,7 @@ fn wanted(frame: &[u8]) -> Option<bool> {
             let (mut next, mut at) = (number(20, 1)?, 54);
             for _ in 0..EXTENSIONS {
                 match next {
-                    58 => return Some(discovery(frame, at, unspecified, is_own6)?),
+                    58 => return discovery(frame, at, unspecified, is_own6),
                     0 | 43 | 60 => {
                         next = number(at, 1)?;
                         at += 8 * (number(at + 1, 1)? as usize + 1);
