@@ -11,6 +11,8 @@ pub struct Interrupt {
     line: EventFd,
     status: AtomicU32,
     needs_reset: AtomicBool,
+    /// Bits that the status always has.
+    standing: AtomicU32,
 }
 
 impl Interrupt {
@@ -20,11 +22,12 @@ impl Interrupt {
             line,
             status: AtomicU32::new(0),
             needs_reset: AtomicBool::new(false),
+            standing: AtomicU32::new(0),
         }
     }
 
     /// The descriptor that is registered as irqfd.
-    pub(super) fn line(&self) -> &EventFd {
+    pub fn line(&self) -> &EventFd {
         &self.line
     }
 
@@ -54,7 +57,15 @@ impl Interrupt {
 
     /// The InterruptStatus register.
     pub(super) fn status(&self) -> u32 {
-        self.status.load(Ordering::Acquire)
+        self.status.load(Ordering::Acquire) | self.standing.load(Ordering::Acquire)
+    }
+
+    /// Somebody else raises the line for used buffers, without a word here: the register says until
+    /// the next reset that there may be some. A driver looks at its rings then, and goes on if there
+    /// are none.
+    pub fn always_used_buffers(&self) {
+        self.standing
+            .store(VIRTIO_MMIO_INT_VRING, Ordering::Release);
     }
 
     /// The InterruptACK register.
@@ -74,6 +85,7 @@ impl Interrupt {
     /// As after power-on. The device is not active then, so nobody raises anything meanwhile.
     pub(super) fn reset(&self) {
         self.status.store(0, Ordering::Release);
+        self.standing.store(0, Ordering::Release);
         self.needs_reset.store(false, Ordering::Release);
     }
 
