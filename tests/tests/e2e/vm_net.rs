@@ -150,22 +150,30 @@ pub fn vhost(checks: &mut Checks, artifacts: &Artifacts) {
         options.open("/dev/vhost-net").unwrap()
     };
     checks.check("what vhost-net can't do is refused", || {
-        let taps = || tap::open("tap9", 1).unwrap();
+        let taps = |name| tap::open(name, 1).unwrap();
         let limit = RateLimit {
             frames_per_second: 9,
             ..RateLimit::default()
         };
         let limited = with_vhost(limit);
         let file = || tempfile::tempfile().unwrap();
-        let pair = |other: File| taps().into_iter().chain([other]).collect::<Vec<_>>();
+        let pair = |name, other: File| {
+            let mut files = taps(name);
+            files.push(other);
+            files
+        };
         for (request, files, why) in [
-            (with_vhost(RateLimit::default()), taps(), "1 descriptors"),
             (
                 with_vhost(RateLimit::default()),
-                pair(file()),
+                taps("tap7"),
+                "1 descriptors",
+            ),
+            (
+                with_vhost(RateLimit::default()),
+                pair("tap8", file()),
                 "/dev/vhost-net",
             ),
-            (limited, pair(open()), "rate limits"),
+            (limited, pair("tap9", open()), "rate limits"),
         ] {
             match vm.control_with(&request, &files).unwrap() {
                 Response::Error { message } => assert!(message.contains(why), "{message}"),
@@ -183,7 +191,7 @@ pub fn vhost(checks: &mut Checks, artifacts: &Artifacts) {
             let slot = plug(&vm, &with_vhost(RateLimit::default()), &files);
             drop(files);
             assert_eq!(attach(&vm, slot).unwrap(), "eth0");
-            assert_eq!(kernel_threads(&vm), pairs);
+            assert_eq!(tap::vhosts_of(vm.pid()), pairs);
             configure(&vm, names[0], &tap);
             let pings = format!("busybox ping -c 3 -w 100 {HOST} > /out");
             let pings = in_guest(&vm, names[1], &pings);
@@ -193,7 +201,7 @@ pub fn vhost(checks: &mut Checks, artifacts: &Artifacts) {
             assert_eq!(unplug(&vm, slot.slot), Response::Ok);
             let gone = Command::new("ip").args(["link", "show", &tap]).output();
             assert!(!gone.unwrap().status.success());
-            assert_eq!(kernel_threads(&vm), 0);
+            assert_eq!(tap::vhosts_of(vm.pid()), 0);
         });
     }
 }
@@ -207,19 +215,6 @@ fn with_vhost(limit: RateLimit) -> Request {
         from_guest: limit,
         vhost: true,
     }
-}
-
-/// How many threads of vhost's work for the VMM: the kernel calls them `vhost-PID`, and has them in
-/// the process since 6.4, or beside it.
-fn kernel_threads(vm: &Vm) -> usize {
-    let wanted = format!("vhost-{}", vm.pid());
-    let names = |folder: String| {
-        let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
-        let names =
-            entries.filter_map(|entry| std::fs::read_to_string(entry.path().join("comm")).ok());
-        names.filter(|name| name.trim() == wanted).count()
-    };
-    names(format!("/proc/{}/task", vm.pid())).max(names("/proc".into()))
 }
 
 fn bad_requests(vm: &Vm) {
