@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 pub const DOCKERD_ENV: &str = "BULKHEAD_DOCKERD";
 
 /// Longest that a call may take, in seconds: a boot, or a stop with its grace time.
-const CALL_LIMIT: &str = "150";
+const CALL_LIMIT: &str = "300";
 
 /// The folder with Docker's programs; none where they couldn't be built.
 pub fn programs() -> Option<PathBuf> {
