@@ -2,8 +2,10 @@
 
 mod boot;
 mod density;
+mod guests;
 mod hold;
 mod host;
+mod io;
 mod isolate;
 mod parallel;
 mod plot;
@@ -43,6 +45,8 @@ enum Command {
     Task(task::Arguments),
     /// Execs by the thousand, and what they leave.
     Storm(storm::Arguments),
+    /// fio in guests of Bulkhead's and QEMU's, and under runc.
+    Io(io::Arguments),
     /// Draws the phases of a start as SVG.
     Plot(plot::Arguments),
     /// Stops itself and, continued, executes a program.
@@ -60,6 +64,7 @@ fn main() -> ExitCode {
         Command::Parallel(arguments) => alone(|artifacts| parallel::measure(artifacts, &arguments)),
         Command::Task(arguments) => alone(|artifacts| task::measure(artifacts, &arguments)),
         Command::Storm(arguments) => alone(|artifacts| storm::measure(artifacts, &arguments)),
+        Command::Io(arguments) => alone(|artifacts| io::measure(artifacts, &arguments)),
         Command::Plot(arguments) => match plot::draw(&arguments) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => failed(&error),
