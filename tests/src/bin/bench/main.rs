@@ -7,6 +7,7 @@ mod hold;
 mod host;
 mod io;
 mod isolate;
+mod net;
 mod parallel;
 mod plot;
 mod pod;
@@ -47,6 +48,8 @@ enum Command {
     Storm(storm::Arguments),
     /// fio in guests of Bulkhead's and QEMU's, and under runc.
     Io(io::Arguments),
+    /// iperf3 and a ping-pong in guests of Bulkhead's and QEMU's, and under runc.
+    Net(net::Arguments),
     /// Draws the phases of a start as SVG.
     Plot(plot::Arguments),
     /// Stops itself and, continued, executes a program.
@@ -65,6 +68,7 @@ fn main() -> ExitCode {
         Command::Task(arguments) => alone(|artifacts| task::measure(artifacts, &arguments)),
         Command::Storm(arguments) => alone(|artifacts| storm::measure(artifacts, &arguments)),
         Command::Io(arguments) => alone(|artifacts| io::measure(artifacts, &arguments)),
+        Command::Net(arguments) => alone(|artifacts| net::measure(artifacts, &arguments)),
         Command::Plot(arguments) => match plot::draw(&arguments) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => failed(&error),

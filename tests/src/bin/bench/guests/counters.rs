@@ -2,12 +2,14 @@
 
 use bulkhead_proto::vmm::KvmKind;
 use bulkhead_tests::error::{Context, Error, Result};
+use bulkhead_tests::footprint::descendants;
 use bulkhead_tests::perf::{Counter, EmulateTracepoint, count_userspace_exits};
 use std::ops::Sub;
 
 /// Attached to a monitor that hasn't begun yet.
 pub struct Counters {
-    pids: Vec<u32>,
+    pid: u32,
+    helpers: Vec<u32>,
     /// None where KVM runs guest kernel mode natively.
     instructions: Option<Counter>,
     exits: Option<Counter>,
@@ -55,10 +57,9 @@ impl Counters {
         let instructions = (kvm == KvmKind::Emulated)
             .then(|| EmulateTracepoint::find().and_then(|tracepoint| tracepoint.count(pid)))
             .and_then(|counter| told(counter, "guest instructions"));
-        let mut pids = vec![pid];
-        pids.extend(helpers);
         Self {
-            pids,
+            pid,
+            helpers: helpers.to_vec(),
             instructions,
             exits: told(count_userspace_exits(pid), "exits to user space"),
         }
@@ -74,11 +75,15 @@ impl Counters {
             exits: self.exits.as_ref().map(Counter::read).transpose()?,
             ..Counts::default()
         };
-        for pid in &self.pids {
-            let vcpus = vcpu_ns(*pid)?;
-            counts.vcpu_ns += vcpus;
-            // Threads that have ended count in the process's time.
-            counts.device_ns += process_ns(*pid)?.saturating_sub(vcpus);
+        counts.vcpu_ns = vcpu_ns(self.pid)?;
+        // Threads that have ended count in the process's time.
+        counts.device_ns = process_ns(self.pid)?.saturating_sub(counts.vcpu_ns);
+        for helper in &self.helpers {
+            counts.device_ns += process_ns(*helper)?;
+            // It may do its work in a child.
+            for child in descendants(*helper)? {
+                counts.device_ns += process_ns(child)?;
+            }
         }
         Ok(counts)
     }

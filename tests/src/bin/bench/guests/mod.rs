@@ -315,6 +315,32 @@ impl Windows {
     }
 }
 
+/// On standard error.
+pub fn progress(what: &str, begin: Instant) {
+    eprintln!("        {what}: {:.1} s", begin.elapsed().as_secs_f64());
+}
+
+/// Those that were asked for and can be had.
+pub fn subjects(only: &[Subject]) -> Vec<Subject> {
+    let programs = [
+        (Subject::QemuMicrovm, crate::start::qemu::PROGRAM),
+        (Subject::Runc, runc::PROGRAM),
+    ];
+    Subject::ALL
+        .into_iter()
+        .filter(|subject| only.is_empty() || only.contains(subject))
+        .filter(|subject| {
+            let missing = programs
+                .iter()
+                .find(|(of, program)| of == subject && !Path::new(program).exists());
+            if let Some((_, program)) = missing {
+                eprintln!("{} is left out: {program} is missing", subject.name());
+            }
+            missing.is_none()
+        })
+        .collect()
+}
+
 /// An error that tells the end of a monitor, with what it has left to be read.
 fn ended(what: &str, status: &str, words: &str) -> Error {
     Error::Unexpected(format!("{what} ended: {status}; {words}"))

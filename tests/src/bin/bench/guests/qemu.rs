@@ -6,7 +6,6 @@ use crate::start::qemu::{MACHINE, PROGRAM};
 use bulkhead_bench_guest::SERIAL;
 use bulkhead_proto::guest::SHARE_TAG;
 use bulkhead_tests::error::{Context, Error, Result};
-use bulkhead_tests::footprint::descendants;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -69,13 +68,9 @@ impl Monitor for Qemu {
     }
 
     fn helpers(&self) -> Vec<u32> {
-        // The file server does its work in a child.
         self.file_server
             .iter()
-            .flat_map(|process| {
-                let pid = process.0.id();
-                std::iter::once(pid).chain(descendants(pid))
-            })
+            .map(|process| process.0.id())
             .collect()
     }
 

@@ -21,6 +21,21 @@ pub struct Figure {
     pub bounded: bool,
 }
 
+/// A figure.
+pub const fn figure(
+    key: &'static str,
+    meaning: &'static str,
+    digits: u32,
+    bounded: bool,
+) -> Figure {
+    Figure {
+        key,
+        meaning,
+        digits,
+        bounded,
+    }
+}
+
 /// One measurement: what could be told.
 pub type Sample = Vec<(&'static Figure, Option<f64>)>;
 

@@ -3,8 +3,10 @@
 
 mod cases;
 
-use crate::guests::report::{Figure, Report, Row, Sample};
-use crate::guests::{Counts, DATA_SERIAL, Devices, Guest, Room, Subject, Window, runc};
+use crate::guests::report::{Figure, Report, Row, Sample, figure};
+use crate::guests::{
+    Counts, DATA_SERIAL, Devices, Guest, Room, Subject, Window, progress, runc, subjects,
+};
 use crate::host::Machine;
 use crate::profile::{self, Symbols};
 use bulkhead_proto::guest::SHARE_TAG;
@@ -107,20 +109,6 @@ const FIGURES: [Figure; 9] = [
     DEVICE,
     VCPU,
 ];
-
-const fn figure(
-    key: &'static str,
-    meaning: &'static str,
-    digits: u32,
-    bounded: bool,
-) -> Figure {
-    Figure {
-        key,
-        meaning,
-        digits,
-        bounded,
-    }
-}
 
 /// Where the guest has fio's jobs.
 const JOBS: &str = "/tmp/jobs";
@@ -295,32 +283,6 @@ impl Bench {
         }
         Ok(())
     }
-}
-
-/// On standard error.
-fn progress(what: &str, begin: Instant) {
-    eprintln!("        {what}: {:.1} s", begin.elapsed().as_secs_f64());
-}
-
-/// Those that were asked for and can be had.
-fn subjects(only: &[Subject]) -> Vec<Subject> {
-    let programs = [
-        (Subject::QemuMicrovm, crate::start::qemu::PROGRAM),
-        (Subject::Runc, runc::PROGRAM),
-    ];
-    Subject::ALL
-        .into_iter()
-        .filter(|subject| only.is_empty() || only.contains(subject))
-        .filter(|subject| {
-            let missing = programs
-                .iter()
-                .find(|(of, program)| of == subject && !Path::new(program).exists());
-            if let Some((_, program)) = missing {
-                eprintln!("{} is left out: {program} is missing", subject.name());
-            }
-            missing.is_none()
-        })
-        .collect()
 }
 
 /// Bytes of the kind that can't be taken for a hole.
