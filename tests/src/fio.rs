@@ -43,12 +43,19 @@ struct Nanoseconds {
     mean: f64,
 }
 
+/// Characters of fio's output in errors.
+const SHOWN: usize = 300;
+
 /// The jobs by their names, in their order; each reads or writes but not both.
 ///
 /// # Errors
 /// When the text is something else, or a job failed.
 pub fn parse(text: &str) -> Result<Vec<(String, Transfer)>> {
-    let refuse = |why: String| Error::Unexpected(format!("fio: {why}; it printed {text:?}"));
+    // Its JSON is long.
+    let refuse = |why: String| {
+        let start: String = text.chars().take(SHOWN).collect();
+        Error::Unexpected(format!("fio: {why}; it printed {start:?}"))
+    };
     // Warnings may come first.
     let json = text.find('{').map_or("", |at| &text[at..]);
     let output: Output =
@@ -119,7 +126,10 @@ mod tests {
             (String::new(), "not its JSON"),
             ("fio: no such file".into(), "not its JSON"),
             ("{}".into(), "not its JSON"),
-            (of(vec![job(1, 0, 0), job(0, 0, 0)]), "x: 0 reads and 0 writes"),
+            (
+                of(vec![job(1, 0, 0), job(0, 0, 0)]),
+                "x: 0 reads and 0 writes",
+            ),
             (of(vec![job(3, 2, 0)]), "3 reads and 2 writes"),
             (of(vec![job(3, 0, 5)]), "Input/output error"),
         ] {

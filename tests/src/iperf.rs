@@ -80,7 +80,10 @@ mod tests {
         let none = json!({ "bytes": 0, "seconds": 0.0 });
         for (text, why) in [
             ("", "not its JSON"),
-            (r#"{"start":{},"end":{},"error":"unable to connect"}"#, "unable to connect"),
+            (
+                r#"{"start":{},"end":{},"error":"unable to connect"}"#,
+                "unable to connect",
+            ),
             (r#"{"start":{},"end":{}}"#, "no sums"),
             (r#"{"start":{}}"#, "no sums"),
             (

@@ -17,7 +17,8 @@
 #![no_main]
 
 use bulkhead_bench_guest::{
-    ANSWER_AT, Answer, BLOCK, COMMAND_AT, Command, MAX_OUTPUT, OUTPUT_AT, REST, SERIAL, Stage, WORDS_AT,
+    ANSWER_AT, Answer, BLOCK, COMMAND_AT, Command, MAX_OUTPUT, OUTPUT_AT, REST, SERIAL, Stage,
+    WORDS_AT,
 };
 use nix::mount::{MsFlags, mount};
 use std::fs::{self, File};

@@ -100,8 +100,17 @@ pub struct Devices {
     pub data: Option<PathBuf>,
     /// A file to be copied into the shared folder, as `data`.
     pub shared: Option<PathBuf>,
-    /// A network card over the tap device of this name, with a pair of queues for each vCPU.
-    pub tap: Option<String>,
+    /// A network card.
+    pub card: Option<Card>,
+}
+
+/// A network card over a tap device.
+#[derive(Debug, Clone)]
+pub struct Card {
+    /// Name of the tap device.
+    pub tap: String,
+    /// Pairs of queues.
+    pub pairs: u8,
 }
 
 /// Either monitor.
@@ -126,15 +135,6 @@ pub struct Guest {
     control: Control,
     limit: Duration,
     _folder: TempDir,
-}
-
-/// What a command has done.
-#[derive(Debug, Clone)]
-pub struct Done {
-    /// What it printed.
-    pub output: String,
-    /// What it cost.
-    pub counts: Counts,
 }
 
 impl Guest {
@@ -174,10 +174,8 @@ impl Guest {
     ///
     /// # Errors
     /// When it can't, or not in time.
-    pub fn call(&mut self, words: &[&str]) -> Result<Done> {
-        let (output, mut windows) = self.call_marked(words, 0, None)?;
-        let counts = windows.pop().unwrap_or_default().counts;
-        Ok(Done { output, counts })
+    pub fn call(&mut self, words: &[&str]) -> Result<String> {
+        Ok(self.call_marked(words, 0, None)?.0)
     }
 
     /// The same, for a program that makes so many marks, one after the other. Returns its output and
@@ -198,7 +196,9 @@ impl Guest {
         self.wait(end, |_| true, |_| Ok(()))?;
         let mut windows = Windows::begin(&self.counters, self.monitor.pid(), period)?;
         let ended = |stage| stage != Stage::Begun;
-        self.wait(end, ended, |guest| windows.look(&guest.counters, &guest.control))?;
+        self.wait(end, ended, |guest| {
+            windows.look(&guest.counters, &guest.control)
+        })?;
         windows.look(&self.counters, &self.control)?;
         let windows = windows.end(&self.counters)?;
         let last = |stage| matches!(stage, Stage::Done(_));
@@ -248,7 +248,7 @@ impl Guest {
     /// # Errors
     /// When there is none.
     pub fn disk(&mut self, serial: &str) -> Result<String> {
-        Ok(self.call(&["disk", serial])?.output)
+        self.call(&["disk", serial])
     }
 }
 

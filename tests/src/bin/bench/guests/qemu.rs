@@ -1,6 +1,6 @@
 //! QEMU's microvm machine with the same kernel, root image and devices.
 
-use super::{DATA_SERIAL, Devices, MAC, MEMORY_MIB, Monitor, Room, ended, tail};
+use super::{Card, DATA_SERIAL, Devices, MAC, MEMORY_MIB, Monitor, Room, ended, tail};
 use crate::hold;
 use crate::start::qemu::{MACHINE, PROGRAM};
 use bulkhead_bench_guest::SERIAL;
@@ -170,7 +170,12 @@ fn command(room: &Room, devices: &Devices, control: &Path, folder: &Path) -> Res
         ]);
     };
     // The first device is the first disk.
-    disk("root", "root", &room.artifacts.bench_rootfs(), ",readonly=on");
+    disk(
+        "root",
+        "root",
+        &room.artifacts.bench_rootfs(),
+        ",readonly=on",
+    );
     disk("control", SERIAL, control, "");
     if let Some(data) = &devices.data {
         disk("data", DATA_SERIAL, data, "");
@@ -184,8 +189,8 @@ fn command(room: &Room, devices: &Devices, control: &Path, folder: &Path) -> Res
             &format!("vhost-user-fs-device,chardev=fs,tag={SHARE_TAG}"),
         ]);
     }
-    if let Some(tap) = &devices.tap {
-        let (queues, several) = match room.vcpus {
+    if let Some(Card { tap, pairs }) = &devices.card {
+        let (queues, several) = match pairs {
             1 => (String::new(), ""),
             more => (format!(",queues={more}"), ",mq=on"),
         };
@@ -194,7 +199,10 @@ fn command(room: &Room, devices: &Devices, control: &Path, folder: &Path) -> Res
             "-netdev",
             &format!("tap,id=net,ifname={tap},script=no,downscript=no,vhost=off{queues}"),
             "-device",
-            &format!("virtio-net-device,netdev=net,mac={}{several}", mac.join(":")),
+            &format!(
+                "virtio-net-device,netdev=net,mac={}{several}",
+                mac.join(":")
+            ),
         ]);
     }
     Ok(command)

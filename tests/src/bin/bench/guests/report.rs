@@ -246,7 +246,11 @@ impl Report {
             print!(" {text:>28}");
         }
         let ratio = row.ratio(figure).map(|ratio| ratio.to_string());
-        let mark = if row.holds(figure) == Some(false) { " !" } else { "" };
+        let mark = if row.holds(figure) == Some(false) {
+            " !"
+        } else {
+            ""
+        };
         println!(" {:>8}{mark}", ratio.unwrap_or_default());
     }
 }

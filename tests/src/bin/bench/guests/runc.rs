@@ -66,7 +66,10 @@ fn copy_with_libraries(program: &str, root: &Path) -> Result<()> {
         .split_whitespace()
         .filter(|word| word.starts_with('/'));
     for library in libraries {
-        copy(Path::new(library), &root.join(library.trim_start_matches('/')))?;
+        copy(
+            Path::new(library),
+            &root.join(library.trim_start_matches('/')),
+        )?;
     }
     let name = Path::new(program).file_name().unwrap_or_default();
     copy(Path::new(program), &root.join("bin").join(name))

@@ -18,7 +18,6 @@ pub struct Vmm {
     vm: Option<Vm>,
     pid: u32,
     devices: Devices,
-    queue_pairs: usize,
     limit: Duration,
 }
 
@@ -47,7 +46,6 @@ impl Vmm {
             prepared: Some(prepared),
             vm: None,
             devices: devices.clone(),
-            queue_pairs: room.vcpus.into(),
             limit: room.limit,
         })
     }
@@ -82,7 +80,7 @@ impl Monitor for Vmm {
     }
 
     fn announce(&mut self) -> Result<Option<Vec<String>>> {
-        let Some(name) = &self.devices.tap else {
+        let Some(card) = &self.devices.card else {
             return Ok(None);
         };
         let vm = self.vm()?;
@@ -93,15 +91,15 @@ impl Monitor for Vmm {
                 return Err(Error::Unexpected(message));
             }
         }
-        let card = Request::PlugNet {
+        let request = Request::PlugNet {
             mac: MAC,
             mtu: 1500,
             any_sender: false,
             to_guest: RateLimit::default(),
             from_guest: RateLimit::default(),
         };
-        let taps = tap::open(name, self.queue_pairs)?;
-        match vm.control_with(&card, &taps)? {
+        let taps = tap::open(&card.tap, card.pairs.into())?;
+        match vm.control_with(&request, &taps)? {
             Response::Plugged { slot } => {
                 let place = format!("4K@{:#x}:{}:{}", slot.address, slot.irq, slot.slot);
                 Ok(Some(vec!["write".into(), NEW_DEVICE.into(), place]))

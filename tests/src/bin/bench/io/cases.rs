@@ -131,9 +131,10 @@ impl Jobs {
             names: Vec::new(),
         };
         // So that nothing of fio has to be read any more.
-        for (number, engine) in ["psync", "io_uring", "null"].into_iter().enumerate() {
+        jobs.text += "[warm_null]\nioengine=null\nsize=4k\nbs=4k\nrw=read\n";
+        for engine in ["psync", "io_uring"] {
             jobs.text += &format!(
-                "[warm_{number}]\nfilename={control}\nioengine={engine}\noffset={WARM_UP_AT}\nsize={BLOCK}\n\
+                "[warm_{engine}]\nfilename={control}\nioengine={engine}\noffset={WARM_UP_AT}\nsize={BLOCK}\n\
                  bs={BLOCK}\ndirect=1\nrw=write\n"
             );
         }
@@ -200,7 +201,10 @@ impl Case {
     /// Its only job, which goes on for some seconds.
     pub fn timed_job(&self, file: &str, seconds: u32) -> String {
         let job = self.job(file);
-        format!("{COMMON}[{}]\n{job}time_based\nruntime={seconds}\n", self.name)
+        format!(
+            "{COMMON}[{}]\n{job}time_based\nruntime={seconds}\n",
+            self.name
+        )
     }
 
     /// In words.
@@ -210,7 +214,11 @@ impl Case {
             Place::Erofs => "a file of the EROFS root",
             Place::Fs => "a file on virtio-fs",
         };
-        let cache = if self.direct { "direct" } else { "through the page cache" };
+        let cache = if self.direct {
+            "direct"
+        } else {
+            "through the page cache"
+        };
         format!(
             "{} of {place}, {} KiB in requests of {} KiB, {} at a time, {cache}",
             self.pattern,
@@ -220,7 +228,6 @@ impl Case {
         )
     }
 }
-
 
 #[cfg(test)]
 mod tests {
@@ -233,21 +240,35 @@ mod tests {
         assert_eq!(
             jobs.names,
             [
-                "idle_1048576_1", "idle_4096_1", "block_sequential_read", "block_sequential_write",
-                "block_random_read", "block_random_write",
+                "idle_1048576_1",
+                "idle_4096_1",
+                "block_sequential_read",
+                "block_sequential_write",
+                "block_random_read",
+                "block_random_write",
             ]
         );
-        let sections: Vec<&str> = jobs.text.lines().filter(|line| line.starts_with('[')).collect();
+        let sections: Vec<&str> = jobs
+            .text
+            .lines()
+            .filter(|line| line.starts_with('['))
+            .collect();
         assert_eq!(sections.len(), 1 + 3 + 6 + 7);
         assert_eq!(sections[4..6], ["[mark_0]", "[idle_1048576_1]"]);
         assert_eq!(sections.last(), Some(&"[mark_6]"));
-        assert!(jobs.text.contains(&format!("offset={}\n", MARKS_AT + 6 * 4096)));
+        assert!(
+            jobs.text
+                .contains(&format!("offset={}\n", MARKS_AT + 6 * 4096))
+        );
     }
 
     #[test]
     fn names_are_distinct_and_transfers_fit() {
         let names: std::collections::HashSet<_> = ALL.iter().map(|case| case.name).collect();
         assert_eq!(names.len(), ALL.len());
-        assert!(ALL.iter().all(|case| case.total <= FILE_BYTES && case.total % case.request == 0));
+        assert!(
+            ALL.iter()
+                .all(|case| case.total <= FILE_BYTES && case.total % case.request == 0)
+        );
     }
 }

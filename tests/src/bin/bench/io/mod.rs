@@ -9,11 +9,11 @@ use crate::guests::{
 };
 use crate::host::Machine;
 use crate::profile::{self, Symbols};
+use bulkhead_bench_guest::SERIAL;
 use bulkhead_proto::guest::SHARE_TAG;
 use bulkhead_tests::Artifacts;
 use bulkhead_tests::error::{Context, Error, Result};
 use bulkhead_tests::fio::{self, Transfer};
-use bulkhead_bench_guest::SERIAL;
 use cases::{Case, FILE_BYTES, Jobs, OPTIONS, Place};
 use serde_json::json;
 use std::collections::HashMap;
@@ -79,7 +79,12 @@ const INSTRUCTIONS_EACH: Figure = figure(
     0,
     true,
 );
-const EXITS: Figure = figure("exits_per_mib", "returns of KVM to the monitor, a MiB", 1, true);
+const EXITS: Figure = figure(
+    "exits_per_mib",
+    "returns of KVM to the monitor, a MiB",
+    1,
+    true,
+);
 const EXITS_EACH: Figure = figure(
     "exits_per_request",
     "returns of KVM to the monitor, a request",
@@ -238,7 +243,7 @@ impl Bench {
         let devices = Devices {
             data: Some(self.data.clone()),
             shared: shared.then(|| self.data.clone()),
-            tap: None,
+            card: None,
         };
         let mut guest = Guest::boot(&self.room, subject, &devices)?;
         if shared {
@@ -383,9 +388,7 @@ fn runc_sample(artifacts: &Artifacts, case: &Case, data: &Path) -> Result<Sample
     words.extend(OPTIONS);
     words.push("/bench-jobs");
     let output = runc::run(artifacts, &words, |spec| {
-        let bind = |from: &Path, to: &str| {
-            json!({ "destination": to, "type": "bind", "source": from, "options": ["bind", "rw"] })
-        };
+        let bind = |from: &Path, to: &str| json!({ "destination": to, "type": "bind", "source": from, "options": ["bind", "rw"] });
         if let Some(mounts) = spec["mounts"].as_array_mut() {
             mounts.extend([bind(data, "/bench-data"), bind(&jobs, "/bench-jobs")]);
         }

@@ -90,11 +90,15 @@ impl Link {
     /// When it can't be made.
     pub fn make_pair(&self) -> Result<()> {
         ip(&format!("netns add {NAMESPACE}"))?;
-        ip(&format!("link add {PAIR} type veth peer name eth0 netns {NAMESPACE}"))?;
+        ip(&format!(
+            "link add {PAIR} type veth peer name eth0 netns {NAMESPACE}"
+        ))?;
         quiet(PAIR)?;
         ip(&format!("address add {PAIR_HOST}/24 dev {PAIR}"))?;
         ip(&format!("link set {PAIR} up"))?;
-        ip(&format!("-n {NAMESPACE} address add {PAIR_GUEST}/24 dev eth0"))?;
+        ip(&format!(
+            "-n {NAMESPACE} address add {PAIR_GUEST}/24 dev eth0"
+        ))?;
         ip(&format!("-n {NAMESPACE} link set eth0 up"))
     }
 }

@@ -4,7 +4,9 @@
 mod link;
 
 use crate::guests::report::{Figure, Report, Row, Sample, figure};
-use crate::guests::{Counts, Devices, Guest, Room, Subject, Window, progress, runc, subjects};
+use crate::guests::{
+    Card, Counts, Devices, Guest, Room, Subject, Window, progress, runc, subjects,
+};
 use crate::host::Machine;
 use crate::profile::{self, Symbols};
 use bulkhead_tests::Artifacts;
@@ -34,9 +36,12 @@ pub struct Arguments {
     /// Print which guest kernel functions the instructions of each case go to, and measure nothing.
     #[arg(long)]
     profile: bool,
-    /// vCPUs of each guest, and pairs of queues of its card.
+    /// vCPUs of each guest.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8))]
     vcpus: u8,
+    /// Pairs of queues of its card; one for each vCPU unless given.
+    #[arg(long, value_parser = clap::value_parser!(u8).range(1..=8))]
+    pairs: Option<u8>,
     /// How much TCP carries each way, in MiB.
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=1024))]
     mib: u32,
@@ -62,7 +67,12 @@ const ROUND: Figure = figure(
     0,
     false,
 );
-const INSTRUCTIONS: Figure = figure("instructions_per_mib", "guest kernel instructions a MiB", 0, true);
+const INSTRUCTIONS: Figure = figure(
+    "instructions_per_mib",
+    "guest kernel instructions a MiB",
+    0,
+    true,
+);
 const INSTRUCTIONS_EACH: Figure = figure(
     "instructions_per_frame",
     "guest kernel instructions a frame, of both directions",
@@ -75,7 +85,12 @@ const INSTRUCTIONS_ROUND: Figure = figure(
     0,
     true,
 );
-const EXITS: Figure = figure("exits_per_mib", "returns of KVM to the monitor, a MiB", 1, true);
+const EXITS: Figure = figure(
+    "exits_per_mib",
+    "returns of KVM to the monitor, a MiB",
+    1,
+    true,
+);
 const EXITS_EACH: Figure = figure(
     "exits_per_frame",
     "returns of KVM to the monitor, a frame of both directions",
@@ -164,7 +179,8 @@ impl Case {
             Amount::Mib(mib) => ("128K", ["--bytes".to_owned(), format!("{mib}M")]),
             Amount::Second => ("128K", ["--time".to_owned(), "1".to_owned()]),
         };
-        let mut words: Vec<String> = own(&["iperf3", "--client", host, "--json", "--length", length]);
+        let mut words: Vec<String> =
+            own(&["iperf3", "--client", host, "--json", "--length", length]);
         words.extend(limit);
         match self {
             Self::ToHost => words,
@@ -212,6 +228,7 @@ pub fn measure(artifacts: &Artifacts, arguments: &Arguments) -> Result<()> {
         link: Link::new()?,
         room,
         subjects: subjects(&arguments.only),
+        pairs: arguments.pairs.unwrap_or(arguments.vcpus),
         mib: arguments.mib,
         rows: Case::ALL
             .map(|case| Row::new(case.name(), case.meaning(arguments.mib), true))
@@ -249,10 +266,10 @@ pub fn measure(artifacts: &Artifacts, arguments: &Arguments) -> Result<()> {
         kvm: bench.room.kvm,
         figures: &FIGURES,
         rows: bench.rows,
-        notes: notes(arguments),
+        notes: notes(arguments, bench.pairs),
         repeat: format!(
-            "scripts/dev bench net --runs {} --vcpus {} --mib {}",
-            arguments.runs, arguments.vcpus, arguments.mib
+            "scripts/dev bench net --runs {} --vcpus {} --pairs {} --mib {}",
+            arguments.runs, arguments.vcpus, bench.pairs, arguments.mib
         ),
         failures: bench.failures,
     };
@@ -263,6 +280,8 @@ struct Bench {
     link: Link,
     room: Room,
     subjects: Vec<Subject>,
+    /// Of queues.
+    pairs: u8,
     mib: u32,
     /// One for each case.
     rows: Vec<Row>,
@@ -271,14 +290,21 @@ struct Bench {
 
 impl Bench {
     fn boot(&self, subject: Subject) -> Result<Measured> {
-        self.link.renew_tap(self.room.vcpus > 1)?;
+        self.link.renew_tap(self.pairs > 1)?;
         let devices = Devices {
-            tap: Some(TAP.into()),
+            card: Some(Card {
+                tap: TAP.into(),
+                pairs: self.pairs,
+            }),
             ..Devices::default()
         };
         let mut guest = Guest::boot(&self.room, subject, &devices)?;
         guest.call(&["write", "/proc/sys/net/ipv6/conf/all/disable_ipv6", "1"])?;
-        for words in ["link set lo up", &format!("address add {GUEST}/24 dev eth0"), "link set eth0 up"] {
+        for words in [
+            "link set lo up",
+            &format!("address add {GUEST}/24 dev eth0"),
+            "link set eth0 up",
+        ] {
             let mut call = vec!["run", "/bin/busybox", "ip"];
             call.extend(words.split(' '));
             guest.call(&call)?;
@@ -333,9 +359,16 @@ impl Bench {
             let mut measured = self.boot(*subject)?;
             for case in Case::ALL {
                 measured.run(case, Amount::Nothing, None)?;
-                for (amount, what) in [(Amount::Nothing, "nothing"), (Amount::Mib(self.mib), "all")] {
+                for (amount, what) in [(Amount::Nothing, "nothing"), (Amount::Mib(self.mib), "all")]
+                {
                     let ran = measured.run(case, amount, Some(PROFILE_PERIOD))?;
-                    println!("\n{} ({what}), {}: {:?}, {} frames", case.name(), subject.name(), ran.window.counts, ran.frames);
+                    println!(
+                        "\n{} ({what}), {}: {:?}, {} frames",
+                        case.name(),
+                        subject.name(),
+                        ran.window.counts,
+                        ran.frames
+                    );
                     profile::print_functions(&symbols, &ran.window.by_address);
                 }
             }
@@ -397,7 +430,11 @@ fn median_round(output: &str) -> Result<f64> {
 fn sample(case: Case, all: &Ran, nothing: &Ran) -> Result<Sample> {
     let counts: Counts = all.window.counts - nothing.window.counts;
     let frames = all.frames.saturating_sub(nothing.frames) as f64;
-    let by = |count: Option<u64>, units: f64| count.filter(|_| units > 0.0).map(|count| count as f64 / units);
+    let by = |count: Option<u64>, units: f64| {
+        count
+            .filter(|_| units > 0.0)
+            .map(|count| count as f64 / units)
+    };
     let mut sample = rates(case, &all.output)?;
     sample.extend([
         (&INSTRUCTIONS_EACH, by(counts.instructions, frames)),
@@ -424,7 +461,7 @@ fn sample(case: Case, all: &Ran, nothing: &Ran) -> Result<Sample> {
     Ok(sample)
 }
 
-fn notes(arguments: &Arguments) -> Vec<String> {
+fn notes(arguments: &Arguments, pairs: u8) -> Vec<String> {
     vec![
         format!(
             "Both virtual machines: {} vCPU, {} MiB, the same guest kernel, root image and kernel \
@@ -432,7 +469,7 @@ fn notes(arguments: &Arguments) -> Vec<String> {
              a network namespace in which iperf3's server runs.",
             arguments.vcpus,
             crate::guests::MEMORY_MIB,
-            arguments.vcpus,
+            pairs,
         ),
         "QEMU: its microvm machine, virtio 1 over MMIO with QEMU's defaults (offloads, mergeable buffers, \
          event indices, indirect descriptors), without vhost."
