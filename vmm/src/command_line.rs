@@ -23,6 +23,7 @@ const EMULATED: &[&str] = &[
     "bulkhead.emulated_ring0",
     "mitigations=off",
     "clocksource=kvm-clock",
+    "sysctl.net.ipv4.tcp_min_tso_segs=16",
 ];
 
 /// Where memory can be plugged. Linux then puts up to three times as much as it booted with where

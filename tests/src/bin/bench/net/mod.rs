@@ -43,7 +43,7 @@ pub struct Arguments {
     #[arg(long, value_parser = clap::value_parser!(u8).range(1..=8))]
     pairs: Option<u8>,
     /// How much TCP carries each way, in MiB.
-    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=1024))]
     mib: u32,
     /// Longest that one boot or one case may take, in seconds.
     #[arg(long, default_value_t = 300)]
