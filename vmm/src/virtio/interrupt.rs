@@ -113,6 +113,7 @@ impl Interrupt {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
     use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
     #[test]
@@ -155,5 +156,50 @@ mod tests {
         interrupt.reset();
         assert!(!interrupt.reset_needed());
         assert_eq!(interrupt.status(), 0);
+    }
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        Raise(u32),
+        Look,
+        Acknowledge(u32),
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let step = prop_oneof![
+            (1u32..=3).prop_map(Step::Raise),
+            Just(Step::Look),
+            any::<u32>().prop_map(Step::Acknowledge),
+            (0u32..=3).prop_map(Step::Acknowledge),
+        ];
+        prop::collection::vec(step, 0..40)
+    }
+
+    proptest! {
+        /// Whatever a driver acknowledges, and when: it sees what was raised since its last look, and
+        /// nothing that was neither raised since nor left by it.
+        #[test]
+        fn nothing_is_lost_and_nothing_made_up(steps in steps()) {
+            let interrupt = Interrupt::new(EventFd::new(EFD_NONBLOCK).unwrap());
+            let (mut unseen, mut seen) = (0, 0);
+            for step in steps {
+                match step {
+                    Step::Raise(bits) => {
+                        interrupt.raise(bits);
+                        unseen |= bits;
+                    }
+                    Step::Look => {
+                        prop_assert_eq!(interrupt.look(), unseen | seen);
+                        seen |= unseen;
+                        unseen = 0;
+                    }
+                    Step::Acknowledge(bits) => {
+                        interrupt.acknowledge(bits);
+                        seen &= !bits;
+                    }
+                }
+                prop_assert_eq!(interrupt.status(), unseen | seen);
+            }
+        }
     }
 }

@@ -53,7 +53,7 @@ pub struct Arguments {
     #[arg(long)]
     backing: Option<PathBuf>,
     /// Longest that one boot or one case may take, in seconds.
-    #[arg(long, default_value_t = 300)]
+    #[arg(long, default_value_t = 600)]
     timeout: u64,
 }
 

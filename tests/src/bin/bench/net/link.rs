@@ -156,3 +156,18 @@ fn frames_of(text: &str, device: &str) -> Option<u64> {
     let number = |index: usize| line.split_whitespace().nth(index)?.parse::<u64>().ok();
     number(1)?.checked_add(number(9)?)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frames_are_counted_both_ways() {
+        let text = "Inter-|   Receive  |  Transmit\n face |bytes packets errs\n\
+            \x20   lo: 1 2 0 0 0 0 0 0 3 4 0 0 0 0 0 0\n\
+            \x20 tap0: 700 10 0 0 0 0 0 0 900 25 0 0 0 0 0 0\n";
+        assert_eq!(frames_of(text, "tap0"), Some(35));
+        assert_eq!(frames_of(text, "tap"), None);
+        assert_eq!(frames_of("tap0: 1 x", "tap0"), None);
+    }
+}
