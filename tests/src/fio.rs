@@ -1,5 +1,7 @@
 //! What fio says in JSON (`--output-format=json`), as far as it is needed.
 
+pub mod jobs;
+
 use crate::error::{Error, Result};
 use serde::Deserialize;
 

@@ -2,6 +2,7 @@
 //! the guests, a pair of virtual devices for runc, and the servers.
 
 use bulkhead_tests::error::{Context, Error, Result};
+use bulkhead_tests::tap;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
@@ -144,30 +145,6 @@ fn ip(words: &str) -> Result<()> {
 pub fn frames() -> Result<u64> {
     let path = "/proc/thread-self/net/dev";
     let text = std::fs::read_to_string(path).context(|| format!("read {path}"))?;
-    frames_of(&text, TAP).ok_or_else(|| Error::Unexpected(format!("{path} lacks {TAP}: {text:?}")))
-}
-
-/// Second and tenth number of a device's line: packets received and sent.
-fn frames_of(text: &str, device: &str) -> Option<u64> {
-    let line = text.lines().find_map(|line| {
-        let (name, numbers) = line.split_once(':')?;
-        (name.trim() == device).then_some(numbers)
-    })?;
-    let number = |index: usize| line.split_whitespace().nth(index)?.parse::<u64>().ok();
-    number(1)?.checked_add(number(9)?)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn frames_are_counted_both_ways() {
-        let text = "Inter-|   Receive  |  Transmit\n face |bytes packets errs\n\
-            \x20   lo: 1 2 0 0 0 0 0 0 3 4 0 0 0 0 0 0\n\
-            \x20 tap0: 700 10 0 0 0 0 0 0 900 25 0 0 0 0 0 0\n";
-        assert_eq!(frames_of(text, "tap0"), Some(35));
-        assert_eq!(frames_of(text, "tap"), None);
-        assert_eq!(frames_of("tap0: 1 x", "tap0"), None);
-    }
+    tap::frames_of(&text, TAP)
+        .ok_or_else(|| Error::Unexpected(format!("{path} lacks {TAP}: {text:?}")))
 }

@@ -1,8 +1,6 @@
 //! Reads and writes by fio: on a disk, on the EROFS root, on virtio-fs; in guests of Bulkhead's and
 //! QEMU's, interleaved, and on the host under runc.
 
-mod cases;
-
 use crate::guests::report::{Figure, Report, Row, Sample, figure};
 use crate::guests::{
     Counts, DATA_SERIAL, Devices, Guest, Room, Subject, Window, progress, runc, subjects,
@@ -13,8 +11,8 @@ use bulkhead_bench_guest::SERIAL;
 use bulkhead_proto::guest::SHARE_TAG;
 use bulkhead_tests::Artifacts;
 use bulkhead_tests::error::{Context, Error, Result};
+use bulkhead_tests::fio::jobs::{self as cases, Case, FILE_BYTES, Jobs, OPTIONS, Place};
 use bulkhead_tests::fio::{self, Transfer};
-use cases::{Case, FILE_BYTES, Jobs, OPTIONS, Place};
 use serde_json::json;
 use std::collections::HashMap;
 use std::fs::File;

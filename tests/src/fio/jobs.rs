@@ -1,4 +1,5 @@
-//! What fio does in each case.
+//! What fio does in each case of `bench io`: its jobs, and the marks between them by which a host
+//! outside of the machine knows when which of them runs.
 
 use bulkhead_bench_guest::{BLOCK, MARKS_AT, MAX_MARKS};
 
