@@ -12,6 +12,7 @@ Usage: scripts/dev bench boot [--json] [--profile] [--runs N] [--timeout SECONDS
        scripts/dev bench parallel N [--json] [--cold] [--timeout SECONDS]
        scripts/dev bench task [--json] [--runs N] [--containers N] [--cold]
        scripts/dev bench storm [--json] [--execs N] [--at-once N]
+       scripts/dev bench devices [FILTER]
        scripts/dev bench plot JSON SVG
 
 boot   From the VMM's start to the agent's ready message, for 1 vCPU and 128 MiB; medians of N runs:
@@ -50,10 +51,17 @@ task   One more container in a pod that runs, and the same with runc; medians of
                              further ones (8) adds; the output says more.
 storm  N execs in a row (1000) and N at once (50): what shim, VMM and agent hold before and after;
        fails when a process, thread or descriptor is left.
+devices
+       The device models without a guest: block, net and fs driven by a fake driver, at the host's
+       full speed. Times by criterion, with what has changed since the last run: wall/DEVICE/CASE/N
+       is a request's time on the clock with N in flight (thrpt: requests a second), cpu/... the CPU
+       time that the device's thread spends on N requests (thrpt: on one). Needs no /dev/kvm, but
+       root. FILTER is part of a name. All figures are in target/criterion, as JSON, too.
 plot   Draws the phases of a start, from the JSON of 'start', as SVG.
 
 Where KVM emulates guest kernel mode a cold round of 'start' takes some 40 s. --cold boots where
-templates would be used. All but 'plot' need root and /dev/kvm. Nothing is left after the end, an
+templates would be used. All but
+'plot' and 'devices' need root and /dev/kvm. Nothing is left after the end, an
 error or Ctrl-C.
 
 Examples:
@@ -65,6 +73,7 @@ Examples:
   scripts/dev bench density 100
   scripts/dev bench parallel 8 --json
   scripts/dev bench task --json
+  scripts/dev bench devices cpu/block
   scripts/dev bench plot start.json docs/bench-start.svg
 HELP
 }
@@ -94,8 +103,15 @@ cmd_bench() {
             "$OUT/bin/bulkhead-bench" "$@"
             return
             ;;
+        devices)
+            need_root "measuring the devices" "bench devices"
+            shift
+            (cd "$ROOT" && cargo bench --locked --quiet -p bulkhead-vmm --features fake-driver \
+                --target-dir "$TARGET" --bench devices -- "$@")
+            return
+            ;;
         *)
-            usage_error "bench measures 'boot', 'run', 'start', 'density', 'parallel', 'task' or 'storm', or draws a 'plot'; not '${1:-}'" \
+            usage_error "bench measures 'boot', 'run', 'start', 'density', 'parallel', 'task', 'storm' or 'devices', or draws a 'plot'; not '${1:-}'" \
                 "run 'scripts/dev bench --help'"
             ;;
     esac

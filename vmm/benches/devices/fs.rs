@@ -45,7 +45,9 @@ impl Share {
         let mem = memory();
         let events = EventLoop::new("fs", || install_filter(ThreadKind::FileServer))
             .expect("a thread for the server");
-        let root = fs::File::open(folder.path()).expect("our own folder").into();
+        let root = fs::File::open(folder.path())
+            .expect("our own folder")
+            .into();
         let mut device = FsDevice::new(root, events.handle()).expect("run it as root");
         let priority = DriverQueue::at(&mem, 32, 0x1000);
         let queue = DriverQueue::at(&mem, 128, 0x4000);

@@ -32,10 +32,7 @@ impl Subject for cpu::DeviceCpu {
 }
 
 /// The results of one device.
-fn group<'a, M: Subject>(
-    criterion: &'a mut Criterion<M>,
-    device: &str,
-) -> BenchmarkGroup<'a, M> {
+fn group<'a, M: Subject>(criterion: &'a mut Criterion<M>, device: &str) -> BenchmarkGroup<'a, M> {
     criterion.benchmark_group(format!("{}/{device}", M::NAME))
 }
 

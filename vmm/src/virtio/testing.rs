@@ -39,8 +39,7 @@ impl Desc {
             1 => any::<u16>(),
         ];
         let next = prop_oneof![6 => Just(None), 1 => any::<u16>().prop_map(Some)];
-        (address, len, flags, next).prop_map(|(address, len, flags, next)| {
-            Desc::raw(address, len, flags, next)
-        })
+        (address, len, flags, next)
+            .prop_map(|(address, len, flags, next)| Desc::raw(address, len, flags, next))
     }
 }
