@@ -1,6 +1,6 @@
 //! The configuration: one TOML file, every key documented on [`Config`], unknown keys refused.
 
-use crate::network::RateLimits;
+use crate::network::NetworkConfig;
 use serde::Deserialize;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -57,8 +57,8 @@ pub struct Config {
     /// What all templates together may take on the disk in MiB, 64 to 1048576. Beyond that the
     /// least recently used ones go, though never the one that was just made.
     pub template_limit_mib: u32,
-    /// How fast a pod's network interfaces may be.
-    pub network: RateLimits,
+    /// How fast a pod's network interfaces may be, and what may pass them.
+    pub network: NetworkConfig,
 }
 
 /// How much the guest prints.
@@ -86,7 +86,7 @@ impl Default for Config {
             templates: true,
             template_dir: "/var/lib/bulkhead/templates".into(),
             template_limit_mib: 2048,
-            network: RateLimits::default(),
+            network: NetworkConfig::default(),
         }
     }
 }

@@ -52,7 +52,7 @@ pub use error::{Error, Kind, Result};
 pub use folder::{Locator, RuntimeFolder};
 pub use hotplug::HotplugError;
 pub use mounts::{MountError, RootfsMount};
-pub use network::{NetworkError, RateLimits};
+pub use network::{NetworkConfig, NetworkError, SourceAddresses};
 pub use process::{ExitStatus, Status};
 pub use sandbox::{
     CreateContainer, Deleted, ExecProcess, GuestProcess, Notification, ProcessState, Sandbox,

@@ -111,7 +111,7 @@ fn check(request: &CreateContainer, context: &Context) -> Result<Prepared> {
         size: size?,
         netns: spec.host_netns()?,
         cgroup: spec.host_cgroup(&context.namespace, &context.sandbox)?,
-        rates: config.network.lowered_by(&spec.annotations())?,
+        network: config.network.of_pod(&spec.annotations())?,
         hostname: spec.hostname().map(str::to_owned),
     };
     if !context.vm_exists {

@@ -10,6 +10,7 @@ pub mod fifo;
 pub mod figures;
 pub mod footprint;
 pub mod leaks;
+pub mod packets;
 pub mod perf;
 pub mod plot;
 pub mod pod;

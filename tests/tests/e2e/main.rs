@@ -71,6 +71,26 @@ const SCENARIOS: &[Scenario] = &[
         run: cri::network::current,
     },
     Scenario {
+        name: "hostile-frames",
+        needs: Need::Pods,
+        run: cri::network::hostile::run,
+    },
+    Scenario {
+        name: "rates-debian",
+        needs: Need::Pods,
+        run: cri::network::rates::debian,
+    },
+    Scenario {
+        name: "rates-2",
+        needs: Need::PodsOnCurrentContainerd,
+        run: cri::network::rates::current,
+    },
+    Scenario {
+        name: "rates-sandboxer",
+        needs: Need::PodsOnCurrentContainerd,
+        run: cri::network::rates::sandboxer,
+    },
+    Scenario {
         name: "volumes-pod",
         needs: Need::Pods,
         run: cri::volumes::run,
