@@ -58,6 +58,10 @@ pub const SHARE_MOUNT: &str = "/run/bulkhead/shared";
 /// Folder of a container's folder in the share in which the sources of its bind mounts are.
 pub const SHARE_MOUNTS: &str = "mounts";
 
+/// How the names of an overlay's marks (`trusted.overlay.*`) begin on the host, where the file server
+/// keeps them for the guest: it may set no trusted attributes.
+pub const KEPT_OVERLAY_XATTRS: &str = "user.bulkhead.overlay.";
+
 /// Folder of the guest below which the agent mounts what `CreateRequest.storage` lists.
 pub const STORAGE_MOUNT: &str = "/run/bulkhead/storage";
 

@@ -440,7 +440,7 @@ mod tests {
         }];
         make_mount_points(&folder.container_skeleton(&id), &binds).unwrap();
         let share = folder.container_share(&id);
-        bind_root_into_share(&root, &share.join("rootfs")).unwrap();
+        bind_root_into_share(&root, &share.join("rootfs"), false).unwrap();
         bind_into_share(&binds[0], &share.join("mounts/0")).unwrap();
 
         fs::write(share.join("rootfs/written"), "x").unwrap();

@@ -102,8 +102,12 @@ pub(crate) fn mount_share(skeleton: &Path, share: &Path) -> Result<(), MountErro
 }
 
 /// Binds a container's root at `target` below the share.
-pub(crate) fn bind_root_into_share(source: &Path, target: &Path) -> Result<(), MountError> {
-    bind_plainly(source, target, false, true, true)
+pub(crate) fn bind_root_into_share(
+    source: &Path,
+    target: &Path,
+    readonly: bool,
+) -> Result<(), MountError> {
+    bind_plainly(source, target, readonly, true, true)
 }
 
 /// Binds a bind mount's source at `target` below the share.

@@ -30,6 +30,7 @@ mod vm_net;
 mod vm_slots;
 mod vm_template;
 mod volumes;
+mod writable_layer;
 
 use bulkhead_tests::runner::{self, Need, Scenario};
 
@@ -104,6 +105,16 @@ const SCENARIOS: &[Scenario] = &[
         name: "disks",
         needs: Need::Guest,
         run: disks::run,
+    },
+    Scenario {
+        name: "layers",
+        needs: Need::Pods,
+        run: cri::layers::run,
+    },
+    Scenario {
+        name: "writable-layer",
+        needs: Need::Guest,
+        run: writable_layer::run,
     },
     Scenario {
         name: "rootfs-erofs",
