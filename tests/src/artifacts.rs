@@ -51,6 +51,22 @@ impl Artifacts {
         self.folder.join("rootfs.erofs")
     }
 
+    /// The root image of the guest in which I/O and network are measured; there is one once
+    /// `scripts/dev bench io` or `net` was called.
+    pub fn bench_rootfs(&self) -> PathBuf {
+        self.folder.join("bench.erofs")
+    }
+
+    /// The static fio of that image.
+    pub fn fio(&self) -> PathBuf {
+        self.folder.join("bench-fio")
+    }
+
+    /// PID 1 of that image.
+    pub fn bench_guest(&self) -> PathBuf {
+        self.folder.join("bench-guest")
+    }
+
     /// Folder of the templates that all tests share but those of templates themselves: each kind
     /// of machine then boots once for a whole run.
     pub fn templates(&self) -> PathBuf {

@@ -6,12 +6,22 @@ use vmm_sys_util::eventfd::EventFd;
 
 /// The InterruptStatus register, the interrupt line and the DEVICE_NEEDS_RESET condition; shared
 /// by a transport, which the driver reads, and the device's worker, which raises them.
+///
+/// The driver's acknowledgement may come late, since KVM gathers it (see `wiring.rs`): by then the
+/// worker may have raised the same bit again, for something that the driver has not seen. So an
+/// acknowledgement takes back only what was raised before the driver's last look.
 #[derive(Debug)]
 pub struct Interrupt {
     line: EventFd,
+    /// The register's bits, and above them, by [`UNSEEN`], those of them that were raised since the
+    /// driver has last read it.
     status: AtomicU32,
     needs_reset: AtomicBool,
 }
+
+/// How far above a bit of the register the one is that says that it's new.
+const UNSEEN: u32 = 16;
+const SEEN_BITS: u32 = (1 << UNSEEN) - 1;
 
 impl Interrupt {
     /// `line` is registered with KVM as an irqfd of an edge-triggered interrupt.
@@ -54,12 +64,24 @@ impl Interrupt {
 
     /// The InterruptStatus register.
     pub(super) fn status(&self) -> u32 {
-        self.status.load(Ordering::Acquire)
+        self.status.load(Ordering::Acquire) & SEEN_BITS
+    }
+
+    /// The same, read by the driver.
+    pub(super) fn look(&self) -> u32 {
+        self.status.fetch_and(SEEN_BITS, Ordering::AcqRel) & SEEN_BITS
     }
 
     /// The InterruptACK register.
     pub(super) fn acknowledge(&self, bits: u32) {
-        self.status.fetch_and(!bits, Ordering::AcqRel);
+        let taken_back = |status: u32| {
+            let unseen = status >> UNSEEN;
+            Some(status & !(bits & SEEN_BITS & !unseen))
+        };
+        // The closure always gives a value, so this can't fail.
+        let _ = self
+            .status
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, taken_back);
     }
 
     /// The register as it was saved. What it says may have been on its way to the guest then, so
@@ -79,7 +101,7 @@ impl Interrupt {
 
     fn raise(&self, bit: u32) {
         // The driver reads the status after the interrupt, so the bit must be there before.
-        self.status.fetch_or(bit, Ordering::AcqRel);
+        self.status.fetch_or(bit | bit << UNSEEN, Ordering::AcqRel);
         // Fails only if the counter is full; KVM's irqfd has then not yet taken the last
         // interrupt, which does for this one too.
         if let Err(error) = self.line.write(1) {
@@ -100,11 +122,26 @@ mod tests {
         interrupt.used_buffers();
         interrupt.config_changed();
         assert_eq!(line.read().unwrap(), 2);
-        assert_eq!(interrupt.status(), 3);
+        assert_eq!(interrupt.look(), 3);
         interrupt.acknowledge(1);
         assert_eq!(interrupt.status(), 2);
         interrupt.acknowledge(u32::MAX);
         assert_eq!(interrupt.status(), 0);
+    }
+
+    #[test]
+    fn what_the_driver_has_not_seen_stays() {
+        let line = EventFd::new(EFD_NONBLOCK).unwrap();
+        let interrupt = Interrupt::new(line);
+        interrupt.used_buffers();
+        assert_eq!(interrupt.look(), 1);
+        // The acknowledgement of that look comes after this.
+        interrupt.used_buffers();
+        interrupt.acknowledge(1);
+        assert_eq!(interrupt.status(), 1);
+        assert_eq!(interrupt.look(), 1);
+        interrupt.acknowledge(u32::MAX);
+        assert_eq!(interrupt.look(), 0);
     }
 
     #[test]
