@@ -263,15 +263,6 @@ impl Containerd {
         Ok(started)
     }
 
-    /// Gives the shims that it starts from now on a configuration with other `settings`.
-    ///
-    /// # Errors
-    /// When it can't be written.
-    pub fn configure_shims(&self, settings: &str) -> Result<()> {
-        let text = shim_config(&self.artifacts, &self.runtime_dir(), settings);
-        write(&self.folder.path().join("bulkhead.toml"), &text)
-    }
-
     /// Ends the daemon at once, as a crash would; shims and what they run are left as they are.
     ///
     /// # Errors
