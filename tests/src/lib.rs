@@ -5,6 +5,7 @@
 pub mod artifacts;
 pub mod cgroups;
 pub mod containerd;
+pub mod docker;
 pub mod error;
 pub mod fifo;
 pub mod figures;

@@ -64,6 +64,33 @@ impl Capture {
     }
 }
 
+impl Capture {
+    /// The length of the longest frame of `sender`'s that has been caught so far, and was not looked
+    /// at yet.
+    pub fn longest(&mut self, sender: [u8; 6]) -> usize {
+        let mut longest = 0;
+        let mut start = [0u8; 12];
+        loop {
+            // SAFETY: the buffer has room for as many bytes as are asked for; what is returned is the
+            // frame's length (MSG_TRUNC).
+            let length = unsafe {
+                libc::recv(
+                    self.socket.as_raw_fd(),
+                    start.as_mut_ptr().cast(),
+                    start.len(),
+                    libc::MSG_TRUNC,
+                )
+            };
+            let Ok(length) = usize::try_from(length) else {
+                return longest;
+            };
+            if start[6..] == sender {
+                longest = longest.max(length);
+            }
+        }
+    }
+}
+
 /// Sends `count` echo requests of `length` bytes at once, and tells how long it takes until all
 /// answers are there. None if they are not within `limit`.
 ///

@@ -25,8 +25,16 @@ pub(super) fn join(
             cause: cause.to_string(),
         }
     };
-    let tap = Tap::new(index, queues, interface.mtu, netlink)
-        .map_err(failed("make a tap device (is there /dev/net/tun?)"))?;
+    let tap = Tap::new(index, queues, interface.mtu, netlink).map_err(|cause| {
+        // Its name is taken, or it is another's with as many queues.
+        match cause.errno() {
+            Some(libc::EBUSY) => failed(
+                "make a tap device: another virtual machine is joined to this network namespace, and \
+                 two can't share one; give each container a network of its own",
+            )(cause),
+            _ => failed("make a tap device (is there /dev/net/tun?)")(cause),
+        }
+    })?;
     // The guest's frames find their way first: nothing is sent before it is plugged in.
     redirect_some(tap.index, index, &program, netlink).map_err(failed(
         "redirect what the guest sends (does the kernel have cls_bpf?)",
@@ -349,6 +357,29 @@ mod tests {
         assert_eq!(come_out(&tap, &frames, &seen), [1, 2, 4, 5, 6, 7, 8, 9]);
         change(None, true);
         assert_eq!(come_out(&tap, &frames, &seen), [7, 8, 9]);
+    }
+
+    #[test]
+    fn a_second_machine_is_refused_and_the_first_left_alone() {
+        let Some(pod) = pod() else { return };
+        let state = read(&pod);
+        let (index, eth0) = state.interfaces.first_key_value().unwrap();
+        pod.inside(|| {
+            let mut netlink = Netlink::open().unwrap();
+            for queues in [1, 2] {
+                let first = join(*index, eth0, queues, &own(eth0), &mut netlink).unwrap();
+                let second = join(*index, eth0, queues, &own(eth0), &mut netlink);
+                let error = second.unwrap_err().to_string();
+                assert!(
+                    error.contains("another virtual machine"),
+                    "{queues}: {error}"
+                );
+                assert!(is_redirected(*index, &mut netlink).unwrap());
+                drop(first);
+                part(*index, &mut netlink).unwrap();
+            }
+        })
+        .unwrap();
     }
 
     #[test]

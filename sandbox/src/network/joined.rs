@@ -10,7 +10,7 @@ use super::state::{Interface, NetworkState};
 use super::tap::{Tap, set_mtu};
 use crate::folder::RuntimeFolder;
 use crate::guest::Guest;
-use crate::slots::{self, NetCard};
+use crate::slots::{self, NetCard, NetQueues};
 use bulkhead_netlink::Netlink;
 use bulkhead_proto::agent::SetNetworkRequest;
 use bulkhead_proto::vmm::PluggedSlot;
@@ -155,7 +155,11 @@ impl Joined {
             step,
             cause,
         };
-        let plugged = slots::plug_net(&self.joins.folder, self.card(interface), tap.queues);
+        let queues = NetQueues {
+            vhosts: self.joins.settings.vhosts(tap.queues.len()),
+            taps: tap.queues,
+        };
+        let plugged = slots::plug_net(&self.joins.folder, self.card(interface), queues);
         let slot = plugged
             .await
             .map_err(|error| failed("plug a device into the virtual machine", error.to_string()))?;

@@ -35,7 +35,7 @@ use crate::boot::BootPlan;
 use crate::guest::Guest;
 use crate::spec::HostNetns;
 use bulkhead_netlink::Netlink;
-use bulkhead_proto::vmm::MAX_REQUEST_DESCRIPTORS;
+use bulkhead_proto::vmm::MAX_QUEUE_PAIRS;
 use changes::Changes;
 use forward::Forwarder;
 use joined::{Joined, Joins};
@@ -74,7 +74,7 @@ impl PodNetwork {
         let joins = Joins {
             folder: Arc::new(plan.folder.clone()),
             guest,
-            queues: usize::from(plan.size.vcpus).clamp(1, MAX_REQUEST_DESCRIPTORS),
+            queues: usize::from(plan.size.vcpus).clamp(1, MAX_QUEUE_PAIRS),
             settings: plan.network,
         };
         let (wishes, wished) = mpsc::unbounded_channel();

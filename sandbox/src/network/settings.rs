@@ -5,12 +5,17 @@ use crate::pod::Annotations;
 use crate::spec::SpecError;
 use bulkhead_proto::vmm::RateLimit;
 use serde::Deserialize;
+use std::fs::File;
+use std::io;
 
 /// Annotations begin so; what follows is the name of a key of the configuration's.
 const PREFIX: &str = "io.bulkhead.network.";
 
+/// The device of hosts whose kernel can serve network cards.
+const VHOST_NET: &str = "/dev/vhost-net";
+
 /// What an administrator can set of each interface of a pod's. 0 is no limit.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct NetworkConfig {
     /// What the guest gets, in bytes a second, link-layer headers included.
@@ -23,6 +28,9 @@ pub struct NetworkConfig {
     pub from_guest_frames_per_second: u64,
     /// What addresses the guest may send from.
     pub source_addresses: SourceAddresses,
+    /// Whether the host's kernel moves the frames where it can: it has /dev/vhost-net, and the pod
+    /// has no limits.
+    pub vhost: bool,
 }
 
 /// Which senders the frames of a guest's may name, beside the link-layer address, which is always
@@ -48,6 +56,38 @@ pub(crate) struct NetworkSettings {
     pub from_guest: RateLimit,
     /// Frames from addresses that the interface doesn't have are dropped.
     pub own_addresses_only: bool,
+    /// See [`NetworkConfig::vhost`].
+    pub vhost: bool,
+}
+
+impl NetworkSettings {
+    /// Descriptors of vhost-net, one for each pair of queues; none if the VMM is to move the frames.
+    pub fn vhosts(&self, pairs: usize) -> Vec<File> {
+        // The kernel knows no limits. Senders are checked at the tap, whoever moves the frames.
+        let limited = [self.to_guest, self.from_guest] != [RateLimit::default(); 2];
+        if !self.vhost || limited {
+            return Vec::new();
+        }
+        let open = || File::options().read(true).write(true).open(VHOST_NET);
+        let opened: io::Result<Vec<File>> = (0..pairs).map(|_| open()).collect();
+        opened.unwrap_or_else(|error| {
+            tracing::debug!(%error, "{VHOST_NET} is not used");
+            Vec::new()
+        })
+    }
+}
+
+impl Default for NetworkConfig {
+    fn default() -> Self {
+        Self {
+            to_guest_bytes_per_second: 0,
+            to_guest_frames_per_second: 0,
+            from_guest_bytes_per_second: 0,
+            from_guest_frames_per_second: 0,
+            source_addresses: SourceAddresses::Own,
+            vhost: true,
+        }
+    }
 }
 
 impl NetworkConfig {
@@ -97,6 +137,7 @@ impl NetworkConfig {
                 frames_per_second: self.from_guest_frames_per_second,
             },
             own_addresses_only,
+            vhost: self.vhost,
         })
     }
 

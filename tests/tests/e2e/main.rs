@@ -9,6 +9,7 @@ mod containerd;
 mod crash;
 mod cri;
 mod disks;
+mod docker;
 mod facts;
 mod limits;
 mod memory;
@@ -72,9 +73,24 @@ const SCENARIOS: &[Scenario] = &[
         run: cri::network::current,
     },
     Scenario {
+        name: "docker",
+        needs: Need::Docker,
+        run: docker::run,
+    },
+    Scenario {
         name: "hostile-frames",
         needs: Need::Pods,
         run: cri::network::hostile::run,
+    },
+    Scenario {
+        name: "cni-queues",
+        needs: Need::Pods,
+        run: cri::network::kinds::queues,
+    },
+    Scenario {
+        name: "cni-ipvlan",
+        needs: Need::Ipvlan,
+        run: cri::network::kinds::ipvlan,
     },
     Scenario {
         name: "rates-debian",
@@ -230,6 +246,11 @@ const SCENARIOS: &[Scenario] = &[
         name: "vm-net",
         needs: Need::Taps,
         run: vm_net::run,
+    },
+    Scenario {
+        name: "vm-vhost",
+        needs: Need::VhostNet,
+        run: vm_net::vhost,
     },
     Scenario {
         name: "vm-slots",

@@ -409,7 +409,7 @@ fn icmp6(from: Mac, source: Ipv6Addr, mut message: Vec<u8>) -> Vec<u8> {
     ethernet(from, 0x86dd, &packet)
 }
 
-fn mac(text: &str) -> Mac {
+pub fn mac(text: &str) -> Mac {
     let bytes: Vec<u8> = text
         .split(':')
         .map(|byte| u8::from_str_radix(byte, 16).unwrap())

@@ -3,6 +3,7 @@
 
 mod forward;
 pub mod hostile;
+pub mod kinds;
 mod lone;
 pub mod rates;
 mod servers;
