@@ -23,6 +23,7 @@ NEEDED_PACKAGES=(
     "protobuf-compiler /usr/bin/protoc"
     "iptables /usr/sbin/iptables /sbin/iptables"
     "attr /usr/bin/setfattr"
+    "strace /usr/bin/strace"
     "iproute2 /usr/sbin/ip /sbin/ip /bin/ip"
     "ca-certificates /etc/ssl/certs/ca-certificates.crt"
 )

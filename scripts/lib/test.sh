@@ -4,6 +4,8 @@
 source "$ROOT/scripts/lib/build.sh"
 # shellcheck source=containerd.sh
 source "$ROOT/scripts/lib/containerd.sh"
+# shellcheck source=fs-programs.sh
+source "$ROOT/scripts/lib/fs-programs.sh"
 # shellcheck source=svm.sh
 source "$ROOT/scripts/lib/svm.sh"
 
@@ -75,6 +77,7 @@ unit_tests() {
 }
 e2e_tests() {
     (cd "$ROOT" && BULKHEAD_OUT=$OUT BULKHEAD_CONTAINERD2=${CONTAINERD2_BIN:-} \
+        BULKHEAD_FS_PROGRAMS=${FS_PROGRAMS_BIN:-} \
         cargo test --locked --quiet -p bulkhead-tests --test e2e -- "$@")
 }
 
@@ -107,10 +110,12 @@ cmd_test() {
     fi
     if [ "$what" = svm ]; then
         build_containerd2
+        build_fs_programs
         run_tests "end-to-end tests in an emulated machine with SVM" svm_tests "$@"
     fi
     if [ "$what" = e2e ] || [ "$what" = all ]; then
         build_containerd2
+        build_fs_programs
         run_tests "end-to-end tests: each guest boots in some 5 to 30 s on an emulating KVM" e2e_tests "$@"
     fi
 

@@ -39,6 +39,8 @@ pub enum Need {
     Pods,
     /// All of these.
     PodsOnCurrentContainerd,
+    /// A guest, and public programs that test file systems.
+    FileSystemPrograms,
 }
 
 /// A group of checks that share a machine or a containerd.

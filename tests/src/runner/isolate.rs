@@ -2,7 +2,7 @@
 
 use super::Need;
 use super::report::{self, Totals};
-use crate::artifacts::Artifacts;
+use crate::artifacts::{self, Artifacts};
 use crate::containerd::Release;
 use crate::leaks::Snapshot;
 use std::io::{BufRead, BufReader};
@@ -71,6 +71,12 @@ impl Obstacles {
             Need::Guest => guest(),
             Need::Taps => guest().or_else(|| self.taps.clone()),
             Need::CurrentContainerd => guest().or_else(|| self.containerd.clone()),
+            Need::FileSystemPrograms => {
+                guest().or_else(|| match artifacts::file_system_programs() {
+                    Some(_) => None,
+                    None => Some("pjdfstest and fsx could not be built".into()),
+                })
+            }
             Need::Pods => guest().or_else(|| self.pods.clone()),
             Need::PodsOnCurrentContainerd => guest()
                 .or_else(|| self.containerd.clone())

@@ -10,6 +10,7 @@ mod crash;
 mod cri;
 mod disks;
 mod facts;
+mod file_systems;
 mod limits;
 mod memory;
 mod resources;
@@ -21,6 +22,7 @@ mod shim_storm;
 mod shim_task;
 mod snapshotters;
 mod streams;
+mod synced;
 mod templates;
 mod terminal;
 mod vm;
@@ -82,9 +84,19 @@ const SCENARIOS: &[Scenario] = &[
         run: volumes::files,
     },
     Scenario {
+        name: "file-systems",
+        needs: Need::FileSystemPrograms,
+        run: file_systems::run,
+    },
+    Scenario {
         name: "disks",
         needs: Need::Guest,
         run: disks::run,
+    },
+    Scenario {
+        name: "synced",
+        needs: Need::Guest,
+        run: synced::run,
     },
     Scenario {
         name: "layers",
