@@ -58,6 +58,10 @@ pub const SHARE_MOUNT: &str = "/run/bulkhead/shared";
 /// Folder of a container's folder in the share in which the sources of its bind mounts are.
 pub const SHARE_MOUNTS: &str = "mounts";
 
+/// Folder of the share in which, as in a container's, the volumes are that several containers of a
+/// pod have in common. No container's id has this character.
+pub const SHARE_VOLUMES: &str = "@volumes";
+
 /// How the names of an overlay's marks (`trusted.overlay.*`) begin on the host, where the file server
 /// keeps them for the guest: it may set no trusted attributes.
 pub const KEPT_OVERLAY_XATTRS: &str = "user.bulkhead.overlay.";

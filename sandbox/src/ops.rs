@@ -100,6 +100,10 @@ fn share(prepared: &Prepared) -> Result<()> {
         bind_root_into_share(&root, &share.join("rootfs"), prepared.root_below)?;
     }
     for bind in &prepared.guest.binds {
+        if let Some(volume) = &bind.volume {
+            folder.bind_volume(bind, volume)?;
+            continue;
+        }
         let target = share.join(SHARE_MOUNTS).join(bind.number.to_string());
         bind_into_share(bind, &target)?;
     }

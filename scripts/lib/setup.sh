@@ -24,6 +24,7 @@ NEEDED_PACKAGES=(
     "iptables /usr/sbin/iptables /sbin/iptables"
     "attr /usr/bin/setfattr"
     "curl /usr/bin/curl"
+    "strace /usr/bin/strace"
     "iproute2 /usr/sbin/ip /sbin/ip /bin/ip"
     "ca-certificates /etc/ssl/certs/ca-certificates.crt"
 )

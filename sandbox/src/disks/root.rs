@@ -323,6 +323,7 @@ impl Plan<'_> {
             recursive: false,
             follows: false,
             ids: None,
+            volume: None,
         });
         guest_bind(self.id, number)
     }

@@ -176,7 +176,7 @@ pub(crate) fn make_mount_points(folder: &Path, binds: &[Bind]) -> io::Result<()>
     fs::create_dir(folder)?;
     fs::create_dir(folder.join("rootfs"))?;
     fs::create_dir(&mounts)?;
-    for bind in binds {
+    for bind in binds.iter().filter(|bind| bind.volume.is_none()) {
         let target = mounts.join(bind.number.to_string());
         if bind.is_dir {
             fs::create_dir(target)?;

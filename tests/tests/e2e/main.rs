@@ -11,6 +11,7 @@ mod cri;
 mod disks;
 mod docker;
 mod facts;
+mod file_systems;
 mod limits;
 mod memory;
 mod resources;
@@ -22,6 +23,7 @@ mod shim_storm;
 mod shim_task;
 mod snapshotters;
 mod streams;
+mod synced;
 mod templates;
 mod terminal;
 mod vm;
@@ -118,9 +120,19 @@ const SCENARIOS: &[Scenario] = &[
         run: volumes::files,
     },
     Scenario {
+        name: "file-systems",
+        needs: Need::FileSystemPrograms,
+        run: file_systems::run,
+    },
+    Scenario {
         name: "disks",
         needs: Need::Guest,
         run: disks::run,
+    },
+    Scenario {
+        name: "synced",
+        needs: Need::Guest,
+        run: synced::run,
     },
     Scenario {
         name: "layers",
