@@ -9,6 +9,8 @@ use crate::guests::{
 };
 use crate::host::Machine;
 use crate::profile::{self, Symbols};
+use bulkhead_proto::guest::TCP_SEGMENTS;
+use bulkhead_proto::vmm::KvmKind;
 use bulkhead_tests::Artifacts;
 use bulkhead_tests::error::{Error, Result};
 use bulkhead_tests::iperf;
@@ -43,7 +45,7 @@ pub struct Arguments {
     #[arg(long, value_parser = clap::value_parser!(u8).range(1..=8))]
     pairs: Option<u8>,
     /// How much TCP carries each way, in MiB.
-    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=1024))]
     mib: u32,
     /// Longest that one boot or one case may take, in seconds.
     #[arg(long, default_value_t = 300)]
@@ -300,6 +302,10 @@ impl Bench {
         };
         let mut guest = Guest::boot(&self.room, subject, &devices)?;
         guest.call(&["write", "/proc/sys/net/ipv6/conf/all/disable_ipv6", "1"])?;
+        // As Bulkhead's agent does.
+        if self.room.kvm == KvmKind::Emulated {
+            guest.call(&["write", TCP_SEGMENTS.0, TCP_SEGMENTS.1])?;
+        }
         for words in [
             "link set lo up",
             &format!("address add {GUEST}/24 dev eth0"),
