@@ -4,6 +4,7 @@
 mod answer;
 
 use answer::Answer;
+pub use netlink_packet_core::{DefaultNla, Emitable, NLA_F_NESTED};
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
 };

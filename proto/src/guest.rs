@@ -24,6 +24,31 @@ pub const FORWARD_PORT: u32 = 1027;
 /// See [`FORWARD_PORT`].
 pub const FORWARD_OPEN: u8 = 0;
 
+/// In place of a port's number on [`FORWARD_PORT`], for a name server on [`RESOLVER_ADDRESS`] that
+/// the agent is until the connection's end. It sends queries: a number (32 bits), [`RESOLVER_UDP`] or
+/// [`RESOLVER_TCP`], a length (16 bits) and so many bytes. The host sends answers: a query's number, a
+/// length, and so many bytes, none for an answer that it couldn't get. Numbers are little-endian.
+pub const RESOLVER: u16 = 0;
+
+/// Where Docker has its name server in a container's network namespace, and where its
+/// configuration has containers ask.
+pub const RESOLVER_ADDRESS: std::net::Ipv4Addr = std::net::Ipv4Addr::new(127, 0, 0, 11);
+
+/// The port of name servers.
+pub const RESOLVER_PORT: u16 = 53;
+
+/// A query that came by UDP; see [`RESOLVER`].
+pub const RESOLVER_UDP: u8 = 0;
+
+/// A query that came by TCP; see [`RESOLVER`].
+pub const RESOLVER_TCP: u8 = 1;
+
+/// Bytes before a query; see [`RESOLVER`].
+pub const RESOLVER_QUERY_HEADER: usize = 7;
+
+/// Bytes before an answer; see [`RESOLVER`].
+pub const RESOLVER_ANSWER_HEADER: usize = 6;
+
 /// Tag of the virtio-fs device that serves the sandbox's shared folder.
 pub const SHARE_TAG: &str = "bulkhead";
 
@@ -32,6 +57,14 @@ pub const SHARE_MOUNT: &str = "/run/bulkhead/shared";
 
 /// Folder of a container's folder in the share in which the sources of its bind mounts are.
 pub const SHARE_MOUNTS: &str = "mounts";
+
+/// Folder of the share in which, as in a container's, the volumes are that several containers of a
+/// pod have in common. No container's id has this character.
+pub const SHARE_VOLUMES: &str = "@volumes";
+
+/// How the names of an overlay's marks (`trusted.overlay.*`) begin on the host, where the file server
+/// keeps them for the guest: it may set no trusted attributes.
+pub const KEPT_OVERLAY_XATTRS: &str = "user.bulkhead.overlay.";
 
 /// Folder of the guest below which the agent mounts what `CreateRequest.storage` lists.
 pub const STORAGE_MOUNT: &str = "/run/bulkhead/storage";

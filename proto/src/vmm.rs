@@ -23,7 +23,10 @@ pub const CONFIG_FD: RawFd = 3;
 pub const MAX_CONTROL_LINE: usize = 64 * 1024;
 
 /// Most descriptors that are taken with one request.
-pub const MAX_REQUEST_DESCRIPTORS: usize = 8;
+pub const MAX_REQUEST_DESCRIPTORS: usize = 16;
+
+/// Most pairs of queues of a network card: each has up to two descriptors.
+pub const MAX_QUEUE_PAIRS: usize = MAX_REQUEST_DESCRIPTORS / 2;
 
 /// Largest number of vCPUs.
 pub const MAX_VCPUS: u8 = 32;
@@ -166,7 +169,7 @@ pub enum Request {
     },
     /// Plugs a network card into a spare slot, answered by [`Response::Plugged`]. With it travel
     /// descriptors of one tap device, one for each pair of queues and at most
-    /// [`MAX_REQUEST_DESCRIPTORS`], opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR (and
+    /// [`MAX_QUEUE_PAIRS`], opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR (and
     /// IFF_MULTI_QUEUE if there are several). Header length and offloads are set by the VMM.
     PlugNet {
         /// The card's address: a unicast one.
@@ -182,6 +185,10 @@ pub enum Request {
         /// Limits what the guest sends.
         #[serde(default)]
         from_guest: RateLimit,
+        /// The host's kernel moves the frames: as many descriptors of /dev/vhost-net follow those of
+        /// the tap. There are no limits and no counters then, and `any_sender` is not looked at.
+        #[serde(default)]
+        vhost: bool,
     },
     /// Takes the device out of a spare slot, which is free then. A guest that has not let go of it
     /// (the agent's DetachDevice) finds a dead device: no request to it is ever answered.
@@ -273,7 +280,7 @@ pub struct PluggedDevice {
     pub slot: u32,
     /// Its type's name, as in [`Status::devices`], or `net`.
     pub device: String,
-    /// Of a network card.
+    /// Of a network card whose frames pass through the VMM.
     pub net: Option<NetCounters>,
 }
 

@@ -7,7 +7,7 @@ use crate::guest::{AgentError, Guest};
 use crate::host_cgroup::{HostCgroup, HostCgroupError};
 use crate::ids::SandboxId;
 use crate::images::{ImageError, Images};
-use crate::network::RateLimits;
+use crate::network::NetworkSettings;
 use crate::pace::{Pace, VMM_SETUP};
 use crate::process_ref::ProcessRef;
 use crate::sizing::MachineSize;
@@ -114,7 +114,7 @@ pub(crate) struct BootPlan {
     /// Where the VMM runs.
     pub cgroup: HostCgroup,
     /// Of the guest's network devices.
-    pub rates: RateLimits,
+    pub network: NetworkSettings,
     /// What the guest itself is called; containers set their own.
     pub hostname: Option<String>,
 }

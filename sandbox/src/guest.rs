@@ -11,7 +11,9 @@ use crate::process::ExitStatus;
 use crate::template::identify;
 use crate::vmm::{SharedVmm, VmEnd};
 use bulkhead_proto::agent::{self, AgentClient, Streams};
-use bulkhead_proto::guest::{AGENT_PORT, FORWARD_OPEN, FORWARD_PORT, STREAM_PORT};
+use bulkhead_proto::guest::{
+    AGENT_PORT, FORWARD_OPEN, FORWARD_PORT, RESOLVER, RESOLVER_ADDRESS, STREAM_PORT,
+};
 use bulkhead_proto::vmm::PluggedSlot;
 use std::fs::File;
 use std::io;
@@ -192,6 +194,17 @@ impl Guest {
 
     /// Opens a connection to a TCP port of the guest's loopback.
     pub async fn open_forward(&self, port: u16) -> AgentResult<UnixStream> {
+        let nobody = format!("nobody listens on port {port} of the guest's loopback");
+        self.open(port, nobody).await
+    }
+
+    /// Has the agent be a name server in the guest as long as the connection lasts.
+    pub async fn open_resolver(&self) -> AgentResult<UnixStream> {
+        let taken = format!("the guest has no room for a name server at {RESOLVER_ADDRESS}");
+        self.open(RESOLVER, taken).await
+    }
+
+    async fn open(&self, port: u16, refusal: String) -> AgentResult<UnixStream> {
         let call = "connect to the guest's loopback";
         let mut socket = dial(&self.vsock, FORWARD_PORT, call, &self.vmm, self.pace).await?;
         let limit = self.pace.call();
@@ -203,7 +216,7 @@ impl Guest {
             Ok(Ok(FORWARD_OPEN)) => Ok(socket),
             Ok(Ok(_)) => Err(AgentError::Refused {
                 kind: Kind::NotFound,
-                message: format!("nobody listens on port {port} of the guest's loopback"),
+                message: refusal,
             }),
             Ok(Err(cause)) => Err(AgentError::Broken {
                 call,

@@ -21,6 +21,9 @@ const CRIO_RESOURCES: [&str; 2] = [
 ];
 const RUNC_GROUP: &str = "io.containerd.runc.v2.group";
 
+/// What this runtime's own annotations begin with.
+const OUR_PREFIX: &str = "io.bulkhead.";
+
 /// What a container is to its sandbox.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
@@ -85,6 +88,9 @@ pub struct PodSandbox {
     pub cgroup_parent: Option<String>,
     /// Its resolver.
     pub dns: Dns,
+    /// All of the pod's. Only those of this runtime are looked at: by this way daemons pass on
+    /// whatever the pod's author wrote.
+    pub annotations: Annotations,
 }
 
 /// What a pod's resolv.conf is made of; all empty for the host's own.
@@ -105,7 +111,11 @@ impl PodSandbox {
         if let Some(path) = &self.netns {
             namespaces.push(json!({ "type": "network", "path": path }));
         }
-        let mut annotations = Map::new();
+        let ours = self.annotations.iter();
+        let ours = ours.filter(|(key, _)| key.starts_with(OUR_PREFIX));
+        let mut annotations: Map<String, Value> = ours
+            .map(|(key, value)| (key.clone(), value.as_str().into()))
+            .collect();
         annotations.insert(CRI_TYPE.into(), "sandbox".into());
         let limits = [
             (CRI_QUOTA, self.limits.cpu_quota.map(|n| n.to_string())),
@@ -196,6 +206,24 @@ mod tests {
         ] {
             assert_eq!(cgroups_path(parent, &id), path);
         }
+    }
+
+    #[test]
+    fn a_pods_own_annotations_cannot_pass_for_the_daemons() {
+        let pod = PodSandbox {
+            annotations: annotations(&[
+                ("io.bulkhead.network.source_addresses", "own"),
+                (CRI_TYPE, "container"),
+                (CRI_MEMORY, "1"),
+            ]),
+            ..Default::default()
+        };
+        let spec = pod.to_spec(&ContainerId::try_from("p1").unwrap());
+        let wanted = json!({
+            CRI_TYPE: "sandbox",
+            "io.bulkhead.network.source_addresses": "own",
+        });
+        assert_eq!(spec["annotations"], wanted);
     }
 
     fn annotations(pairs: &[(&str, &str)]) -> Annotations {

@@ -64,11 +64,20 @@ pub(crate) struct NetCard {
     pub from_guest: RateLimit,
 }
 
+/// What moves a card's frames.
+#[derive(Debug)]
+pub(crate) struct NetQueues {
+    /// Those of a tap device.
+    pub taps: Vec<File>,
+    /// As many of /dev/vhost-net; none for the VMM itself.
+    pub vhosts: Vec<File>,
+}
+
 /// Plugs a network card over the queues of a tap device.
 pub(crate) async fn plug_net(
     folder: &Arc<RuntimeFolder>,
     card: NetCard,
-    queues: Vec<File>,
+    queues: NetQueues,
 ) -> Result<PluggedSlot, SlotError> {
     let request = Request::PlugNet {
         mac: card.mac,
@@ -76,8 +85,11 @@ pub(crate) async fn plug_net(
         any_sender: false,
         to_guest: card.to_guest,
         from_guest: card.from_guest,
+        vhost: !queues.vhosts.is_empty(),
     };
-    plug(folder, request, queues, "network card".to_owned()).await
+    let mut files = queues.taps;
+    files.extend(queues.vhosts);
+    plug(folder, request, files, "network card".to_owned()).await
 }
 
 /// Takes the device out of a slot, after the guest has let go of it or for good.

@@ -14,6 +14,7 @@ Usage: scripts/dev bench boot [--json] [--profile] [--runs N] [--timeout SECONDS
        scripts/dev bench storm [--json] [--execs N] [--at-once N]
        scripts/dev bench io [--json] [--runs N] [--only SUBJECT,...] [--cases PART,...] [--profile]
        scripts/dev bench net [--json] [--runs N] [--only SUBJECT,...] [--vcpus N] [--mib N] [--profile]
+       scripts/dev bench devices [FILTER]
        scripts/dev bench plot JSON SVG
 
 boot   From the VMM's start to the agent's ready message, for 1 vCPU and 128 MiB; medians of N runs:
@@ -66,12 +67,18 @@ io     fio in guests of `bulkhead` and `qemu_microvm`, interleaved, N rounds (3)
        --profile prints the guest kernel's functions by share for each case instead.
 net    The same for TCP between a guest and its host: throughput both ways by iperf3, and messages of 64
        bytes that are answered.
+devices
+       The device models without a guest: block, net and fs driven by a fake driver, at the host's
+       full speed. Times by criterion, with what has changed since the last run: wall/DEVICE/CASE/N
+       is a request's time on the clock with N in flight (thrpt: requests a second), cpu/... the CPU
+       time that the device's thread spends on N requests (thrpt: on one). Needs no /dev/kvm, but
+       root. FILTER is part of a name. All figures are in target/criterion, as JSON, too.
 plot   Draws the phases of a start, from the JSON of 'start', as SVG.
 
 Where KVM emulates guest kernel mode a cold round of 'start' takes some 40 s, one of 'io' and 'net' two
 minutes. 'io' and 'net' install qemu-system-x86 and iperf3, and build a static fio from Debian's source
-package, when they are missing. --cold boots where
-templates would be used. All but 'plot' need root and /dev/kvm. Nothing is left after the end, an
+package, when they are missing. --cold boots where templates would be used. All but 'plot' need root,
+and all but 'plot' and 'devices' /dev/kvm. Nothing is left after the end, an
 error or Ctrl-C.
 
 Examples:
@@ -86,6 +93,7 @@ Examples:
   scripts/dev bench io --runs 1 --only bulkhead,qemu_microvm --cases block_
   scripts/dev bench io --json >io.json
   scripts/dev bench net --vcpus 2
+  scripts/dev bench devices cpu/block
   scripts/dev bench plot start.json docs/bench-start.svg
 HELP
 }
@@ -140,8 +148,15 @@ cmd_bench() {
             "$OUT/bin/bulkhead-bench" "$@"
             return
             ;;
+        devices)
+            need_root "measuring the devices" "bench devices"
+            shift
+            (cd "$ROOT" && cargo bench --locked --quiet -p bulkhead-vmm --features fake-driver \
+                --target-dir "$TARGET" --bench devices -- "$@")
+            return
+            ;;
         *)
-            usage_error "bench measures 'boot', 'run', 'start', 'density', 'parallel', 'task', 'storm', 'io' or 'net', or draws a 'plot'; not '${1:-}'" \
+            usage_error "bench measures 'boot', 'run', 'start', 'density', 'parallel', 'task', 'storm', 'io', 'net' or 'devices', or draws a 'plot'; not '${1:-}'" \
                 "run 'scripts/dev bench --help'"
             ;;
     esac

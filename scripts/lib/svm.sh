@@ -3,7 +3,8 @@
 # Debian's kernel runs in it with this host's root file system (read-only, below an overlay), and
 # its KVM runs the guests. Slow, but guest kernel mode runs there as it does on hardware.
 
-# Modules that the machine needs, in the order in which they can be loaded.
+# Modules that the machine needs to begin, in the order in which they can be loaded. All others are
+# loaded when the kernel asks for them, or the job below.
 SVM_MODULES=(
     drivers/virtio/virtio_ring drivers/virtio/virtio drivers/virtio/virtio_pci_modern_dev
     drivers/virtio/virtio_pci_legacy_dev drivers/virtio/virtio_pci fs/netfs/netfs
@@ -23,6 +24,7 @@ svm_kernel() {
     fi
     SVM_KERNEL=$(compgen -G "$dir/boot/vmlinuz-*" | tail -n 1)
     SVM_LIB=$(compgen -G "$dir/lib/modules/*/kernel" | tail -n 1)
+    [ -s "${SVM_LIB%/kernel}/modules.dep" ] || depmod -b "$dir" "$(basename "${SVM_LIB%/kernel}")"
 }
 
 # svm_initrd WORK: a first root that mounts the host's, and then runs WORK/job there.
@@ -46,6 +48,8 @@ mount -t overlay -o lowerdir=/low,upperdir=/up/upper,workdir=/up/work overlay /m
 mount -t proc proc /mnt/proc; mount -t sysfs sysfs /mnt/sys; mount -t devtmpfs devtmpfs /mnt/dev
 mkdir -p /mnt/dev/pts /mnt/dev/shm
 mount -t devpts devpts /mnt/dev/pts; mount -t tmpfs tmpfs /mnt/dev/shm
+mkdir -p /mnt${SVM_LIB%/kernel} "/mnt/lib/modules/\$(uname -r)"
+mount -o bind "/mnt${SVM_LIB%/kernel}" "/mnt/lib/modules/\$(uname -r)"
 mount -t tmpfs tmpfs /mnt/run; mount -t cgroup2 cgroup2 /mnt/sys/fs/cgroup
 ip link set lo up
 chroot /mnt /bin/bash '$work/job'
@@ -53,14 +57,19 @@ sync
 echo o >/proc/sysrq-trigger
 sleep 10
 INIT
-    chmod +x "$root/init"
+    # What the kernel runs when it wants a module; the modules are in the host's root.
+    mkdir "$root/sbin"
+    printf '#!/bin/busybox sh\nexec /bin/busybox chroot /mnt /sbin/modprobe "$@"\n' >"$root/sbin/modprobe"
+    chmod +x "$root/init" "$root/sbin/modprobe"
     (cd "$root" && find . | cpio --quiet -o -H newc | gzip -1) >"$work/initrd.gz"
 }
 
 # svm_tests FILTER...: the end-to-end tests in such a machine; fails if one does, or none ends.
 svm_tests() {
     local work program filter
-    if ! have qemu-system-x86_64 || ! have cpio; then install_packages qemu-system-x86 cpio; fi
+    if ! have qemu-system-x86_64 || ! have cpio || ! have depmod; then
+        install_packages qemu-system-x86 cpio kmod
+    fi
     # Goes with the logs, also after Ctrl-C.
     work=$TEST_LOGS/svm
     mkdir "$work"
@@ -70,8 +79,10 @@ svm_tests() {
         sed -n 's/.*"name":"e2e".*"executable":"\([^"]*\)".*/\1/p' | tail -n 1)
     [ -x "$program" ] || die "the end-to-end tests could not be built" "run: scripts/dev test --e2e vm-contract"
     {
-        printf 'export HOME=/root PATH=%q BULKHEAD_OUT=%q BULKHEAD_CONTAINERD2=%q\n' \
-            "$PATH" "$OUT" "${CONTAINERD2_BIN:-}"
+        printf 'export HOME=/root PATH=%q BULKHEAD_OUT=%q BULKHEAD_CONTAINERD2=%q BULKHEAD_FS_PROGRAMS=%q\n' \
+            "$PATH" "$OUT" "${CONTAINERD2_BIN:-}" "${FS_PROGRAMS_BIN:-}"
+        # Devices whose modules nobody asks for by another name.
+        printf 'modprobe -a tun vhost_net\n'
         printf 'cd %q && %q' "$ROOT" "$program"
         for filter in "$@"; do printf ' %q' "$filter"; done
         printf '\n'

@@ -4,6 +4,10 @@
 source "$ROOT/scripts/lib/build.sh"
 # shellcheck source=containerd.sh
 source "$ROOT/scripts/lib/containerd.sh"
+# shellcheck source=docker.sh
+source "$ROOT/scripts/lib/docker.sh"
+# shellcheck source=fs-programs.sh
+source "$ROOT/scripts/lib/fs-programs.sh"
 # shellcheck source=svm.sh
 source "$ROOT/scripts/lib/svm.sh"
 
@@ -13,7 +17,8 @@ Usage: scripts/dev test [--unit | --e2e [FILTER...] | --svm [FILTER...]]
 
 Builds, then runs the crates' own tests, the guest root image's, those of scripts/dev, and the
 end-to-end ones: real microVMs, driven by the VMM's contract, by a shim without containerd, by
-Debian's containerd, and, where Go's toolchain is there to build it, by a current containerd.
+Debian's containerd, and, where Go's toolchain is there to build them, by a current containerd and
+Docker's daemon.
 Needs root. Where no guest can run, the tests that need one are named and counted as skipped.
 The last line is the sum: N passed, N failed, N skipped.
 
@@ -75,6 +80,7 @@ unit_tests() {
 }
 e2e_tests() {
     (cd "$ROOT" && BULKHEAD_OUT=$OUT BULKHEAD_CONTAINERD2=${CONTAINERD2_BIN:-} \
+        BULKHEAD_DOCKERD=${DOCKERD_BIN:-} BULKHEAD_FS_PROGRAMS=${FS_PROGRAMS_BIN:-} \
         cargo test --locked --quiet -p bulkhead-tests --test e2e -- "$@")
 }
 
@@ -107,10 +113,13 @@ cmd_test() {
     fi
     if [ "$what" = svm ]; then
         build_containerd2
+        build_fs_programs
         run_tests "end-to-end tests in an emulated machine with SVM" svm_tests "$@"
     fi
     if [ "$what" = e2e ] || [ "$what" = all ]; then
         build_containerd2
+        build_dockerd
+        build_fs_programs
         run_tests "end-to-end tests: each guest boots in some 5 to 30 s on an emulating KVM" e2e_tests "$@"
     fi
 

@@ -109,6 +109,7 @@ pub fn pod_sandbox(options: Option<&Any>) -> Result<PodSandbox, OptionsError> {
             searches: dns.searches,
             options: dns.options,
         },
+        annotations: config.annotations,
     })
 }
 
@@ -210,11 +211,19 @@ mod tests {
         };
         let linux = [field(1, "/pods/p1"), sub(3, &sysctl), sub(5, &resources)].concat();
         let dns = field(1, "192.0.2.1");
-        let bytes = [field(2, "web-0"), sub(4, &dns), sub(8, &linux)].concat();
+        let annotation = [field(1, "io.bulkhead.x"), field(2, "1")].concat();
+        let bytes = [
+            field(2, "web-0"),
+            sub(4, &dns),
+            sub(7, &annotation),
+            sub(8, &linux),
+        ]
+        .concat();
         let pod = pod_sandbox(Some(&any(POD_TYPE, &bytes))).unwrap();
         assert_eq!(pod.hostname.as_deref(), Some("web-0"));
         assert_eq!(pod.sysctls["kernel.shmmax"], "7");
         assert_eq!(pod.dns.servers, ["192.0.2.1"]);
+        assert_eq!(pod.annotations["io.bulkhead.x"], "1");
         assert_eq!(pod.cgroup_parent.as_deref(), Some("/pods/p1"));
         let limits = pod.limits;
         assert_eq!(

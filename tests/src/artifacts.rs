@@ -6,6 +6,17 @@ use std::path::{Path, PathBuf};
 /// Environment variable that names the folder; scripts/dev sets it.
 pub const FOLDER_ENV: &str = "BULKHEAD_OUT";
 
+/// Environment variable with the folder of public programs that test file systems, pjdfstest and
+/// fsx; scripts/dev sets it when it could build them.
+pub const FILE_SYSTEM_PROGRAMS_ENV: &str = "BULKHEAD_FS_PROGRAMS";
+
+/// That folder, if the programs are there.
+pub fn file_system_programs() -> Option<PathBuf> {
+    let folder = PathBuf::from(std::env::var_os(FILE_SYSTEM_PROGRAMS_ENV)?);
+    let there = |name: &&str| folder.join(name).is_file();
+    ["pjdfstest", "fsx"].iter().all(there).then_some(folder)
+}
+
 /// The products of the build.
 #[derive(Debug, Clone)]
 pub struct Artifacts {

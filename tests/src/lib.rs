@@ -5,6 +5,7 @@
 pub mod artifacts;
 pub mod cgroups;
 pub mod containerd;
+pub mod docker;
 pub mod error;
 pub mod fifo;
 pub mod figures;
@@ -12,6 +13,7 @@ pub mod fio;
 pub mod footprint;
 pub mod iperf;
 pub mod leaks;
+pub mod packets;
 pub mod perf;
 pub mod plot;
 pub mod pod;

@@ -33,12 +33,20 @@ pub enum Need {
     Guest,
     /// A guest, and tap devices for its network cards.
     Taps,
+    /// All of these, and a host whose kernel serves network cards.
+    VhostNet,
     /// A guest, and a current containerd beside Debian's.
     CurrentContainerd,
     /// A guest, and what makes networks for pods.
     Pods,
-    /// All of these.
+    /// The same, and a kernel with ipvlan interfaces.
+    Ipvlan,
+    /// Pods on a current containerd.
     PodsOnCurrentContainerd,
+    /// A guest, a current containerd, and a Docker daemon.
+    Docker,
+    /// A guest, and public programs that test file systems.
+    FileSystemPrograms,
 }
 
 /// A group of checks that share a machine or a containerd.

@@ -3,9 +3,22 @@
 use crate::error::{Context, Result};
 use std::fs::File;
 use std::os::fd::AsRawFd;
+use std::path::Path;
 
 /// TUNSETIFF (linux/if_tun.h).
 const SET_INTERFACE: u64 = 0x4004_54ca;
+
+/// How many descriptors of vhost-net a process holds: one for each pair of queues whose frames the
+/// kernel moves for it. (Its threads are in other process namespaces than a test's before Linux 6.4.)
+pub fn vhosts_of(process: u32) -> usize {
+    let descriptors = std::fs::read_dir(format!("/proc/{process}/fd"));
+    let links = descriptors.into_iter().flatten().flatten();
+    links
+        .filter(|entry| {
+            std::fs::read_link(entry.path()).is_ok_and(|to| to == Path::new("/dev/vhost-net"))
+        })
+        .count()
+}
 
 /// Makes a tap device of the calling thread's network namespace that goes with its descriptors, one
 /// for each queue.

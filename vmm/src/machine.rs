@@ -128,6 +128,7 @@ impl Machine {
                 any_sender,
                 to_guest,
                 from_guest,
+                vhost,
             } => {
                 let config = NetConfig {
                     mac,
@@ -136,7 +137,7 @@ impl Machine {
                     to_guest,
                     from_guest,
                 };
-                plugged(self.spares.plug_net(config, descriptors))
+                plugged(self.spares.plug_net(config, vhost, descriptors))
             }
             Request::Unplug { slot } => done(self.spares.unplug(slot)),
             Request::SaveTemplate {} => match self.save(descriptors) {

@@ -10,7 +10,7 @@ use seccompiler::{
 };
 use thiserror::Error;
 
-use crate::virtio::net::tap_ioctls as tap;
+use crate::virtio::net::{tap_ioctls as tap, vhost_ioctls as vhost};
 
 /// The kinds of thread of this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -244,18 +244,22 @@ impl Filters {
 
 fn compile(kind: ThreadKind) -> Result<BpfProgram, seccompiler::BackendError> {
     let (calls, ioctls): (&[i64], Vec<u64>) = match kind {
-        ThreadKind::Main => (MAIN, [&[FIONBIO], SAVE, PLUG].concat()),
+        ThreadKind::Main => (MAIN, [&[FIONBIO], SAVE, PLUG, &vhost::plug()].concat()),
         ThreadKind::Vcpu => (VCPU, vec![KVM_RUN, KVM_GET_REGS, KVM_TRANSLATE]),
         ThreadKind::Events => (
             EVENTS,
-            vec![
-                FIONBIO,
-                BLKDISCARD,
-                BLKZEROOUT,
-                KVM_SET_USER_MEMORY_REGION,
-                tap::SET_OFFLOAD,
-                tap::SET_QUEUE,
-            ],
+            [
+                &[
+                    FIONBIO,
+                    BLKDISCARD,
+                    BLKZEROOUT,
+                    KVM_SET_USER_MEMORY_REGION,
+                    tap::SET_OFFLOAD,
+                    tap::SET_QUEUE,
+                ][..],
+                &vhost::activate(),
+            ]
+            .concat(),
         ),
         ThreadKind::FileServer => (FILE_SERVER, Vec::new()),
     };

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use bulkhead_proto::vmm::{FIRST_SPARE_SLOT, PluggedDevice, PluggedSlot, SPARE_SLOTS};
+use bulkhead_proto::vmm::{FIRST_SPARE_SLOT, PluggedDevice, PluggedSlot, RateLimit, SPARE_SLOTS};
 use kvm_ioctls::VmFd;
 use thiserror::Error;
 use vm_memory::GuestMemoryMmap;
@@ -13,7 +13,9 @@ use crate::bus::Bus;
 use crate::config::{ConfigError, check_serial};
 use crate::event_loop::EventLoopHandle;
 use crate::virtio::block::{Backing, BackingError, BlockDevice};
-use crate::virtio::net::{NetConfig, NetCounters, NetDevice, Tap, TapError};
+use crate::virtio::net::{
+    NetConfig, NetCounters, NetDevice, Tap, TapError, VhostError, VhostNetDevice,
+};
 use crate::virtio::{DeviceType, VirtioDevice};
 use crate::wiring::{Place, WiringError};
 
@@ -39,6 +41,12 @@ pub enum SpareError {
     /// A tap.
     #[error(transparent)]
     Tap(#[from] TapError),
+    /// A descriptor of vhost-net.
+    #[error(transparent)]
+    Vhost(#[from] VhostError),
+    /// vhost-net knows no limits.
+    #[error("a card with rate limits can't have vhost-net; plug it without")]
+    LimitedVhost,
     /// A rate limit's timer.
     #[error("creating a rate limit's timer: {0}; check the limit on open files (ulimit -n)")]
     Timer(#[source] std::io::Error),
@@ -126,26 +134,41 @@ impl Spares {
         self.plug(Box::new(device), None)
     }
 
-    /// Plugs a network card over the descriptors of a tap device, one for each pair of queues.
+    /// Plugs a network card over the descriptors of a tap device, one for each pair of queues, and,
+    /// with `vhost`, as many of /dev/vhost-net behind them.
     ///
     /// # Errors
     /// [`SpareError`].
     pub fn plug_net(
         &mut self,
         config: NetConfig,
-        descriptors: Vec<OwnedFd>,
+        vhost: bool,
+        mut descriptors: Vec<OwnedFd>,
     ) -> Result<PluggedSlot, SpareError> {
         check_card(&config)?;
-        if descriptors.is_empty() {
+        let found = descriptors.len();
+        let vhosts = match vhost {
+            true => descriptors.split_off(found / 2),
+            false => Vec::new(),
+        };
+        if descriptors.is_empty() || (vhost && vhosts.len() != descriptors.len()) {
             return Err(SpareError::Descriptors {
-                found: 0,
-                expected: "one of a tap for each pair of queues",
+                found,
+                expected: "one of a tap for each pair of queues, and with vhost as many of that",
             });
         }
         let taps = descriptors
             .into_iter()
             .map(Tap::new)
             .collect::<Result<_, _>>()?;
+        if vhost {
+            if [config.to_guest, config.from_guest] != [RateLimit::default(); 2] {
+                return Err(SpareError::LimitedVhost);
+            }
+            let events = self.events.clone();
+            let device = VhostNetDevice::new(config, taps, vhosts, &self.memory, events)?;
+            return self.plug(Box::new(device), None);
+        }
         let (device, counters) =
             NetDevice::new(config, taps, self.events.clone()).map_err(SpareError::Timer)?;
         self.plug(Box::new(device), Some(counters))

@@ -1,9 +1,10 @@
 //! Connections of the host's to TCP ports of the guest's loopback: how a port of a pod's is reached
 //! that only listens there (`FORWARD_PORT` of the contract).
 
+use super::resolver;
 use crate::streams::copy_until_end;
 use crate::transport::{Endpoint, EndpointKind, Listener};
-use bulkhead_proto::guest::FORWARD_OPEN;
+use bulkhead_proto::guest::{FORWARD_OPEN, RESOLVER};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use std::io;
@@ -48,6 +49,15 @@ async fn carry(host: Endpoint) -> io::Result<()> {
     let mut port = [0; 2];
     tokio::time::timeout(UNNAMED, host.read_exact(&mut port)).await??;
     let port = u16::from_le_bytes(port);
+    if port == RESOLVER {
+        return match resolver::bind().await {
+            Ok(sockets) => {
+                host.write_all(&[FORWARD_OPEN]).await?;
+                resolver::serve(host, sockets).await
+            }
+            Err(_) => host.write_all(&[REFUSED]).await,
+        };
+    }
     let addresses = [
         SocketAddr::from((Ipv4Addr::LOCALHOST, port)),
         SocketAddr::from((Ipv6Addr::LOCALHOST, port)),

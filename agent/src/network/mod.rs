@@ -7,6 +7,7 @@
 mod apply;
 pub mod forward;
 mod messages;
+mod resolver;
 mod wanted;
 
 use crate::error::Failure;

@@ -1,7 +1,9 @@
 //! An interface of the pod's and the tap beside it, joined in both directions.
 
 use super::NetworkError;
-use super::redirect::{redirect, undo};
+use super::filter::Instruction;
+use super::redirect::{change_program, redirect, redirect_some, undo};
+use super::senders::{MAX_ADDRESSES, Senders};
 use super::state::Interface;
 use super::tap::Tap;
 use bulkhead_netlink::{Netlink, NetlinkError};
@@ -11,8 +13,10 @@ pub(super) fn join(
     index: u32,
     interface: &Interface,
     queues: usize,
+    senders: &Senders,
     netlink: &mut Netlink,
 ) -> Result<Tap, NetworkError> {
+    let program = program(interface, senders)?;
     let failed = |step: &'static str| {
         let interface = interface.name.clone();
         move |cause: NetlinkError| NetworkError::Interface {
@@ -21,15 +25,52 @@ pub(super) fn join(
             cause: cause.to_string(),
         }
     };
-    let tap = Tap::new(index, queues, interface.mtu, netlink)
-        .map_err(failed("make a tap device (is there /dev/net/tun?)"))?;
+    let tap = Tap::new(index, queues, interface.mtu, netlink).map_err(|cause| {
+        // Its name is taken, or it is another's with as many queues.
+        match cause.errno() {
+            Some(libc::EBUSY) => failed(
+                "make a tap device: another virtual machine is joined to this network namespace, and \
+                 two can't share one; give each container a network of its own",
+            )(cause),
+            _ => failed("make a tap device (is there /dev/net/tun?)")(cause),
+        }
+    })?;
     // The guest's frames find their way first: nothing is sent before it is plugged in.
-    redirect(tap.index, index, netlink).map_err(failed("redirect what the guest sends"))?;
+    redirect_some(tap.index, index, &program, netlink).map_err(failed(
+        "redirect what the guest sends (does the kernel have cls_bpf?)",
+    ))?;
     // From here on the pod's frames are the guest's. With the tap its own redirection goes.
     redirect(index, tap.index, netlink).map_err(failed(
         "redirect what comes in (another program's ingress qdisc has to go first)",
     ))?;
     Ok(tap)
+}
+
+/// Has the tap with number `tap` let the frames of others pass from now on.
+pub(super) fn change_senders(
+    tap: u32,
+    index: u32,
+    interface: &Interface,
+    senders: &Senders,
+    netlink: &mut Netlink,
+) -> Result<(), NetworkError> {
+    let program = program(interface, senders)?;
+    change_program(tap, index, &program, netlink).map_err(|cause| NetworkError::Interface {
+        interface: interface.name.clone(),
+        step: "change whose frames pass",
+        cause: cause.to_string(),
+    })
+}
+
+fn program(interface: &Interface, senders: &Senders) -> Result<Vec<Instruction>, NetworkError> {
+    senders.program().ok_or_else(|| NetworkError::Interface {
+        interface: interface.name.clone(),
+        step: "check the sources of its frames",
+        cause: format!(
+            "it has more than {MAX_ADDRESSES} addresses; let pods send from any \
+             (source_addresses in the configuration)"
+        ),
+    })
 }
 
 /// Takes back what [`join`] did to the interface, in the calling thread's namespace. The tap goes
@@ -42,11 +83,14 @@ pub(super) fn part(index: u32, netlink: &mut Netlink) -> Result<(), NetlinkError
 mod tests {
     use super::super::netns::Netns;
     use super::super::redirect::is_redirected;
+    use super::super::senders::tests::ethernet;
     use super::super::state::NetworkState;
     use super::*;
+    use std::ffi::CString;
     use std::fs::File;
-    use std::io::Read;
+    use std::io::{Read, Write};
     use std::net::{TcpStream, UdpSocket};
+    use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
     use std::path::Path;
     use std::process::Command;
     use std::time::{Duration, Instant};
@@ -104,6 +148,10 @@ mod tests {
         Some(pod)
     }
 
+    fn own(interface: &Interface) -> Senders {
+        Senders::of(interface, true)
+    }
+
     fn read(pod: &Netns) -> NetworkState {
         pod.inside(|| NetworkState::read(&mut Netlink::open().unwrap(), |_| false).unwrap())
             .unwrap()
@@ -156,7 +204,7 @@ mod tests {
         let (index, eth0) = state.interfaces.first_key_value().unwrap();
         let joined = pod.inside(|| {
             let mut netlink = Netlink::open().unwrap();
-            let tap = join(*index, eth0, 1, &mut netlink).unwrap();
+            let tap = join(*index, eth0, 1, &own(eth0), &mut netlink).unwrap();
             assert!(is_redirected(*index, &mut netlink).unwrap());
             tap
         });
@@ -189,7 +237,7 @@ mod tests {
             part(*index, &mut netlink).unwrap();
             assert!(!ip("link show").contains("bulkhead"), "{}", ip("link show"));
             // As when nobody was left to part them.
-            drop(join(*index, eth0, 1, &mut netlink).unwrap());
+            drop(join(*index, eth0, 1, &own(eth0), &mut netlink).unwrap());
             assert!(is_redirected(*index, &mut netlink).unwrap());
             super::super::clear(Path::new("/proc/thread-self/ns/net")).unwrap();
             assert!(!is_redirected(*index, &mut netlink).unwrap());
@@ -199,6 +247,139 @@ mod tests {
         // The host is itself again: it answers, by refusing.
         let refused = TcpStream::connect("10.9.0.2:9").unwrap_err();
         assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
+    }
+
+    /// All that comes in by a device of this thread's namespace from now on.
+    fn capture(device: &str) -> OwnedFd {
+        let device = CString::new(device).unwrap();
+        // SAFETY: numbers, and a C string that lives across the call.
+        let (socket, index) = unsafe {
+            let protocol = i32::from((libc::ETH_P_ALL as u16).to_be());
+            let socket = libc::socket(libc::AF_PACKET, libc::SOCK_RAW, protocol);
+            assert!(socket >= 0);
+            let index = libc::if_nametoindex(device.as_ptr());
+            (OwnedFd::from_raw_fd(socket), index)
+        };
+        // SAFETY: sockaddr_ll is plain data, for which all zeroes is a value.
+        let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+        address.sll_family = libc::AF_PACKET as u16;
+        address.sll_protocol = (libc::ETH_P_ALL as u16).to_be();
+        address.sll_ifindex = index.cast_signed();
+        let length = size_of_val(&address) as libc::socklen_t;
+        // SAFETY: reads a sockaddr_ll, which lives across the call.
+        let bound = unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length) };
+        assert_eq!(bound, 0);
+        socket
+    }
+
+    /// Sends frames as a guest does, and tells which of them come out at the other end. The last
+    /// one must.
+    fn come_out(tap: &Tap, frames: &[&[u8]], seen: &OwnedFd) -> Vec<usize> {
+        for frame in frames {
+            (&tap.queues[0])
+                .write_all(&[&[0; 10], *frame].concat())
+                .unwrap();
+        }
+        let mut seen = File::from(seen.try_clone().unwrap());
+        let (mut found, mut buffer) = (Vec::new(), [0; 2048]);
+        while !found.contains(&(frames.len() - 1)) {
+            let length = seen.read(&mut buffer).unwrap();
+            found.extend(frames.iter().position(|frame| buffer[..length] == **frame));
+        }
+        found
+    }
+
+    #[test]
+    fn frames_of_others_end_at_the_tap() {
+        let Some(pod) = pod() else { return };
+        let state = read(&pod);
+        let (index, eth0) = state.interfaces.first_key_value().unwrap();
+        let joined =
+            pod.inside(|| join(*index, eth0, 1, &own(eth0), &mut Netlink::open().unwrap()));
+        let tap = joined.unwrap().unwrap();
+        let (mine, other) = (eth0.mac, [2, 0, 0, 0, 0, 9]);
+        let packet = |source: u8| {
+            let mut packet = vec![0x45, 0, 0, 28, 0, 0, 0, 0, 64, 17, 0, 0, 10, 9, 0, source];
+            packet.extend([10, 9, 0, 1, 0, 9, 0, 9, 0, 8, 0, 0]);
+            packet
+        };
+        let arp = |source: u8| {
+            let mut arp = vec![0, 1, 8, 0, 6, 4, 0, 2];
+            arp.extend(mine);
+            arp.extend([10, 9, 0, source, 2, 0, 0, 0, 0, 1, 10, 9, 0, 1]);
+            arp
+        };
+        let vlan = [&[0, 0, 8, 0], &packet(4)[..]].concat();
+        let six = |source: u16| {
+            let mut packet = vec![0x60, 0, 0, 0, 0, 0, 59, 64];
+            packet.extend(
+                [0x2001, 0xdb8, 9, 0, 0, 0, 0, source]
+                    .map(u16::to_be_bytes)
+                    .concat(),
+            );
+            packet.extend([0xff, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
+            packet
+        };
+        let frames = [
+            ethernet(other, 0x0800, &packet(2)),
+            ethernet(mine, 0x0800, &packet(3)),
+            ethernet(mine, 0x0800, &[]),
+            ethernet(mine, 0x8100, &vlan),
+            ethernet(mine, 0x88cc, &packet(2)),
+            ethernet(mine, 0x0806, &arp(3)),
+            ethernet(mine, 0x86dd, &six(3)),
+            ethernet(mine, 0x0806, &arp(2)),
+            ethernet(mine, 0x86dd, &six(2)),
+            ethernet(mine, 0x0800, &packet(2)),
+        ];
+        let frames = frames.each_ref().map(Vec::as_slice);
+        let seen = capture("far");
+        assert_eq!(come_out(&tap, &frames, &seen), [7, 8, 9]);
+
+        let change = |more: Option<&str>, own_only| {
+            let mut changed = eth0.clone();
+            let mut address = changed.addresses[0];
+            if let Some(ip) = more {
+                address.ip = ip.parse().unwrap();
+                changed.addresses.push(address);
+            }
+            let senders = Senders::of(&changed, own_only);
+            pod.inside(|| {
+                let mut netlink = Netlink::open().unwrap();
+                change_senders(tap.index, *index, &changed, &senders, &mut netlink).unwrap();
+            })
+            .unwrap();
+        };
+        change(Some("10.9.0.3"), true);
+        assert_eq!(come_out(&tap, &frames, &seen), [1, 5, 7, 8, 9]);
+        change(None, false);
+        // A VLAN's tag is beside the frame when it is captured.
+        assert_eq!(come_out(&tap, &frames, &seen), [1, 2, 4, 5, 6, 7, 8, 9]);
+        change(None, true);
+        assert_eq!(come_out(&tap, &frames, &seen), [7, 8, 9]);
+    }
+
+    #[test]
+    fn a_second_machine_is_refused_and_the_first_left_alone() {
+        let Some(pod) = pod() else { return };
+        let state = read(&pod);
+        let (index, eth0) = state.interfaces.first_key_value().unwrap();
+        pod.inside(|| {
+            let mut netlink = Netlink::open().unwrap();
+            for queues in [1, 2] {
+                let first = join(*index, eth0, queues, &own(eth0), &mut netlink).unwrap();
+                let second = join(*index, eth0, queues, &own(eth0), &mut netlink);
+                let error = second.unwrap_err().to_string();
+                assert!(
+                    error.contains("another virtual machine"),
+                    "{queues}: {error}"
+                );
+                assert!(is_redirected(*index, &mut netlink).unwrap());
+                drop(first);
+                part(*index, &mut netlink).unwrap();
+            }
+        })
+        .unwrap();
     }
 
     #[test]
@@ -211,7 +392,9 @@ mod tests {
             let words = ["qdisc", "add", "dev", "eth0", "ingress"];
             let status = Command::new("tc").args(words).status();
             assert!(status.unwrap().success());
-            let error = join(*index, eth0, 2, &mut netlink).unwrap_err().to_string();
+            let error = join(*index, eth0, 2, &own(eth0), &mut netlink)
+                .unwrap_err()
+                .to_string();
             assert!(
                 error.contains("\"eth0\"") && error.contains("ingress qdisc"),
                 "{error}"

@@ -1,18 +1,19 @@
 //! The interfaces that are joined to the guest, and the way from there to what the namespace has.
 
 use super::error::NetworkError;
-use super::join::{join, part};
-use super::limits::RateLimits;
+use super::join::{change_senders, join, part};
 use super::netns::Netns;
 use super::request::{Device, request};
+use super::senders::Senders;
+use super::settings::NetworkSettings;
 use super::state::{Interface, NetworkState};
 use super::tap::{Tap, set_mtu};
 use crate::folder::RuntimeFolder;
 use crate::guest::Guest;
-use crate::slots::{self, NetCard};
+use crate::slots::{self, NetCard, NetQueues};
 use bulkhead_netlink::Netlink;
 use bulkhead_proto::agent::SetNetworkRequest;
-use bulkhead_proto::vmm::{PluggedSlot, RateLimit};
+use bulkhead_proto::vmm::PluggedSlot;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::Arc;
@@ -36,7 +37,7 @@ pub(super) struct Joins {
     pub guest: Arc<Guest>,
     /// Pairs of queues of each device.
     pub queues: usize,
-    pub rates: RateLimits,
+    pub settings: NetworkSettings,
 }
 
 /// An interface that has a device in the guest.
@@ -49,6 +50,8 @@ struct Attached {
     max_mtu: u32,
     /// Of the tap.
     mtu: u32,
+    /// Whose frames the tap lets pass.
+    senders: Senders,
 }
 
 impl Joined {
@@ -81,6 +84,7 @@ impl Joined {
             }
         }
         self.follow_mtu(&state).await?;
+        self.follow_addresses(&state).await?;
         self.tell(&state).await
     }
 
@@ -104,9 +108,10 @@ impl Joined {
 
     /// Joins the interface to a new device of the guest's. On failure nothing is left of it.
     async fn attach(&mut self, index: u32, interface: &Interface) -> Result<(), NetworkError> {
-        let (queues, wanted) = (self.joins.queues, interface.clone());
+        let senders = self.senders(interface);
+        let (queues, wanted, own) = (self.joins.queues, interface.clone(), senders.clone());
         let tap = self
-            .inside(move |netlink| join(index, &wanted, queues, netlink))
+            .inside(move |netlink| join(index, &wanted, queues, &own, netlink))
             .await??;
         let tap_index = tap.index;
         let plugged = self.plug(tap, interface).await;
@@ -134,6 +139,7 @@ impl Joined {
             mac: interface.mac,
             max_mtu: interface.mtu,
             mtu: interface.mtu,
+            senders,
         };
         self.attached.insert(index, attached);
         Ok(())
@@ -149,7 +155,11 @@ impl Joined {
             step,
             cause,
         };
-        let plugged = slots::plug_net(&self.joins.folder, self.card(interface), tap.queues);
+        let queues = NetQueues {
+            vhosts: self.joins.settings.vhosts(tap.queues.len()),
+            taps: tap.queues,
+        };
+        let plugged = slots::plug_net(&self.joins.folder, self.card(interface), queues);
         let slot = plugged
             .await
             .map_err(|error| failed("plug a device into the virtual machine", error.to_string()))?;
@@ -168,19 +178,16 @@ impl Joined {
     }
 
     fn card(&self, interface: &Interface) -> NetCard {
-        let rates = &self.joins.rates;
         NetCard {
             mac: interface.mac,
             mtu: u16::try_from(interface.mtu).unwrap_or(u16::MAX),
-            to_guest: RateLimit {
-                bytes_per_second: rates.to_guest_bytes_per_second,
-                frames_per_second: rates.to_guest_frames_per_second,
-            },
-            from_guest: RateLimit {
-                bytes_per_second: rates.from_guest_bytes_per_second,
-                frames_per_second: rates.from_guest_frames_per_second,
-            },
+            to_guest: self.joins.settings.to_guest,
+            from_guest: self.joins.settings.from_guest,
         }
+    }
+
+    fn senders(&self, interface: &Interface) -> Senders {
+        Senders::of(interface, self.joins.settings.own_addresses_only)
     }
 
     async fn unplug(&self, slot: PluggedSlot) {
@@ -227,6 +234,25 @@ impl Joined {
             })?;
             if let Some(one) = self.attached.get_mut(index) {
                 one.mtu = mtu;
+            }
+        }
+        Ok(())
+    }
+
+    async fn follow_addresses(&mut self, state: &NetworkState) -> Result<(), NetworkError> {
+        for (index, interface) in &state.interfaces {
+            let senders = self.senders(interface);
+            let Some(one) = self.attached.get(index) else {
+                continue;
+            };
+            if one.senders == senders {
+                continue;
+            }
+            let (tap, index, wanted, own) = (one.tap, *index, interface.clone(), senders.clone());
+            self.inside(move |netlink| change_senders(tap, index, &wanted, &own, netlink))
+                .await??;
+            if let Some(one) = self.attached.get_mut(&index) {
+                one.senders = senders;
             }
         }
         Ok(())

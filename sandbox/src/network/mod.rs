@@ -12,30 +12,35 @@
 
 mod changes;
 mod error;
+mod filter;
 mod forward;
 mod join;
 mod joined;
-mod limits;
 mod netns;
 mod redirect;
 mod request;
+mod resolver;
+mod senders;
+mod settings;
 mod sk_lookup;
 mod state;
 mod tap;
 
 pub use error::NetworkError;
-pub use limits::RateLimits;
 pub(crate) use netns::is_hosts;
+pub(crate) use settings::NetworkSettings;
+pub use settings::{NetworkConfig, SourceAddresses};
 
 use crate::boot::BootPlan;
 use crate::guest::Guest;
 use crate::spec::HostNetns;
 use bulkhead_netlink::Netlink;
-use bulkhead_proto::vmm::MAX_REQUEST_DESCRIPTORS;
+use bulkhead_proto::vmm::MAX_QUEUE_PAIRS;
 use changes::Changes;
 use forward::Forwarder;
 use joined::{Joined, Joins};
 use netns::Netns;
+use resolver::Resolver;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -69,8 +74,8 @@ impl PodNetwork {
         let joins = Joins {
             folder: Arc::new(plan.folder.clone()),
             guest,
-            queues: usize::from(plan.size.vcpus).clamp(1, MAX_REQUEST_DESCRIPTORS),
-            rates: plan.rates,
+            queues: usize::from(plan.size.vcpus).clamp(1, MAX_QUEUE_PAIRS),
+            settings: plan.network,
         };
         let (wishes, wished) = mpsc::unbounded_channel();
         let (over, ended) = oneshot::channel();
@@ -121,14 +126,17 @@ async fn follow(joins: Joins, forwards: bool, mut wished: mpsc::UnboundedReceive
     if let Some(Err(error)) = &forwarder {
         tracing::warn!(%error, "connections to the pod's loopback will not reach the guest");
     }
+    let mut resolver = Resolver::new(netns.clone(), joins.guest.clone());
     let mut joined = Joined::new(netns, joins);
     let mut retries = 0;
     loop {
         tokio::select! {
             biased;
             _ = vmm.wait() => break,
-            Some(reply) = wished.recv() => drop(reply.send(joined.settle().await)),
-            () = next_change(&changes, retries) => match joined.settle().await {
+            Some(reply) = wished.recv() => {
+                let _ = reply.send(settle(&mut joined, &mut resolver).await);
+            }
+            () = next_change(&changes, retries) => match settle(&mut joined, &mut resolver).await {
                 Ok(()) => retries = 0,
                 Err(error) => {
                     retries = if retries < RETRIES { retries + 1 } else { 0 };
@@ -139,6 +147,16 @@ async fn follow(joins: Joins, forwards: bool, mut wished: mpsc::UnboundedReceive
     }
     drop(forwarder);
     joined.part_all().await;
+}
+
+/// Makes the guest's network what the namespace has, its name server included.
+async fn settle(joined: &mut Joined, resolver: &mut Resolver) -> Result<(), NetworkError> {
+    joined.settle().await?;
+    // Whoever needs no names is not to fail for them.
+    if let Err(error) = resolver.look().await {
+        tracing::warn!(%error, "the guest cannot ask the namespace's name server");
+    }
+    Ok(())
 }
 
 /// The namespace that the VMM lives in, and word of changes there.

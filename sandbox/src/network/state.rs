@@ -3,7 +3,9 @@
 use super::NetworkError;
 use bulkhead_netlink::Netlink;
 use bulkhead_netlink::route::address::{AddressAttribute, AddressFlags, AddressMessage};
-use bulkhead_netlink::route::link::{LinkAttribute, LinkFlags, LinkLayerType, LinkMessage};
+use bulkhead_netlink::route::link::{
+    InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
+};
 use bulkhead_netlink::route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
 };
@@ -36,6 +38,8 @@ pub(super) struct Interface {
     pub mtu: u32,
     pub up: bool,
     pub arp: bool,
+    /// Others on its network have the same `mac`.
+    pub shares_mac: bool,
     pub addresses: Vec<Address>,
 }
 
@@ -144,6 +148,7 @@ fn interface(link: &LinkMessage) -> Option<Interface> {
         mtu: 0,
         up: header.flags.contains(LinkFlags::Up),
         arp: !header.flags.contains(LinkFlags::Noarp),
+        shares_mac: false,
         addresses: Vec::new(),
     };
     for attribute in &link.attributes {
@@ -152,6 +157,9 @@ fn interface(link: &LinkMessage) -> Option<Interface> {
             LinkAttribute::Address(mac) => interface.mac = mac.as_slice().try_into().ok()?,
             LinkAttribute::Mtu(mtu) => interface.mtu = *mtu,
             LinkAttribute::Controller(_) => return None,
+            LinkAttribute::LinkInfo(info) => {
+                interface.shares_mac = info.contains(&LinkInfo::Kind(InfoKind::IpVlan));
+            }
             _ => {}
         }
     }

@@ -38,7 +38,11 @@ impl Tap {
     ) -> Result<Self, NetlinkError> {
         let name = format!("{PREFIX}{beside}");
         let flags = FRAMES | if queues > 1 { libc::IFF_MULTI_QUEUE } else { 0 };
-        let queues: io::Result<Vec<File>> = (0..queues).map(|_| attach(&name, flags)).collect();
+        // One of that name is another VM's, which would get only half of its frames from then on.
+        let first = |queue| if queue == 0 { libc::IFF_TUN_EXCL } else { 0 };
+        let queues: io::Result<Vec<File>> = (0..queues)
+            .map(|queue| attach(&name, flags | first(queue)))
+            .collect();
         let queues = queues?;
         let c_name = CString::new(name).map_err(io::Error::other)?;
         // SAFETY: the name is a C string that lives across the call.

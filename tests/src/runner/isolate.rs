@@ -2,8 +2,9 @@
 
 use super::Need;
 use super::report::{self, Totals};
-use crate::artifacts::Artifacts;
+use crate::artifacts::{self, Artifacts};
 use crate::containerd::Release;
+use crate::docker;
 use crate::leaks::Snapshot;
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::ExitStatusExt;
@@ -18,7 +19,7 @@ const SCRATCH: &str = "/run/t";
 
 /// Parts of paths that may come and go: what containerd makes with fixed names and never removes,
 /// files in which still count.
-const FIXED_FOLDERS: [&str; 6] = [
+const FIXED_FOLDERS: [&str; 8] = [
     // mount(8) keeps its notes there.
     "/run/mount",
     "/run/containerd",
@@ -26,6 +27,8 @@ const FIXED_FOLDERS: [&str; 6] = [
     "/run/containerd/fifo",
     "/run/bulkhead",
     "/run/containerd/runc",
+    "/run/docker",
+    "/run/docker/plugins",
 ];
 
 /// Why scenarios can't run here.
@@ -36,6 +39,9 @@ pub struct Obstacles {
     containerd: Option<String>,
     pods: Option<String>,
     taps: Option<String>,
+    docker: Option<String>,
+    vhost: Option<String>,
+    ipvlan: Option<String>,
 }
 
 impl Obstacles {
@@ -60,6 +66,12 @@ impl Obstacles {
             containerd,
             pods: probe_pod_network().err(),
             taps: probe_taps().err(),
+            vhost: (!std::path::Path::new("/dev/vhost-net").exists())
+                .then(|| "no /dev/vhost-net here; see scripts/dev test --svm".to_owned()),
+            ipvlan: probe_ipvlan().err(),
+            docker: docker::programs()
+                .is_none()
+                .then(|| "no Docker daemon: it takes Go's toolchain to build it".to_owned()),
         }
     }
 
@@ -70,8 +82,23 @@ impl Obstacles {
             Need::Host => self.host.clone(),
             Need::Guest => guest(),
             Need::Taps => guest().or_else(|| self.taps.clone()),
+            Need::VhostNet => guest()
+                .or_else(|| self.taps.clone())
+                .or_else(|| self.vhost.clone()),
             Need::CurrentContainerd => guest().or_else(|| self.containerd.clone()),
+            Need::FileSystemPrograms => {
+                guest().or_else(|| match artifacts::file_system_programs() {
+                    Some(_) => None,
+                    None => Some("pjdfstest and fsx could not be built".into()),
+                })
+            }
             Need::Pods => guest().or_else(|| self.pods.clone()),
+            Need::Docker => guest()
+                .or_else(|| self.containerd.clone())
+                .or_else(|| self.docker.clone()),
+            Need::Ipvlan => guest()
+                .or_else(|| self.pods.clone())
+                .or_else(|| self.ipvlan.clone()),
             Need::PodsOnCurrentContainerd => guest()
                 .or_else(|| self.containerd.clone())
                 .or_else(|| self.pods.clone()),
@@ -89,6 +116,23 @@ fn probe_taps() -> Result<(), String> {
     }
     Err(format!(
         "this kernel makes no tap device: {}",
+        String::from_utf8_lossy(&output.stderr).trim()
+    ))
+}
+
+/// Whether there are ipvlan interfaces.
+fn probe_ipvlan() -> Result<(), String> {
+    let script = "ip link add probe0 type veth peer name probe1 && \
+        ip link add probe2 link probe0 type ipvlan";
+    let output = Command::new("unshare")
+        .args(["--net", "sh", "-c", script])
+        .output();
+    let output = output.map_err(|error| format!("unshare: {error}"))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(format!(
+        "this kernel makes no ipvlan interface (scripts/dev test --svm has one that does): {}",
         String::from_utf8_lossy(&output.stderr).trim()
     ))
 }

@@ -9,7 +9,9 @@ mod containerd;
 mod crash;
 mod cri;
 mod disks;
+mod docker;
 mod facts;
+mod file_systems;
 mod limits;
 mod memory;
 mod resources;
@@ -21,6 +23,7 @@ mod shim_storm;
 mod shim_task;
 mod snapshotters;
 mod streams;
+mod synced;
 mod templates;
 mod terminal;
 mod vm;
@@ -30,6 +33,7 @@ mod vm_net;
 mod vm_slots;
 mod vm_template;
 mod volumes;
+mod writable_layer;
 
 use bulkhead_tests::runner::{self, Need, Scenario};
 
@@ -71,6 +75,41 @@ const SCENARIOS: &[Scenario] = &[
         run: cri::network::current,
     },
     Scenario {
+        name: "docker",
+        needs: Need::Docker,
+        run: docker::run,
+    },
+    Scenario {
+        name: "hostile-frames",
+        needs: Need::Pods,
+        run: cri::network::hostile::run,
+    },
+    Scenario {
+        name: "cni-queues",
+        needs: Need::Pods,
+        run: cri::network::kinds::queues,
+    },
+    Scenario {
+        name: "cni-ipvlan",
+        needs: Need::Ipvlan,
+        run: cri::network::kinds::ipvlan,
+    },
+    Scenario {
+        name: "rates-debian",
+        needs: Need::Pods,
+        run: cri::network::rates::debian,
+    },
+    Scenario {
+        name: "rates-2",
+        needs: Need::PodsOnCurrentContainerd,
+        run: cri::network::rates::current,
+    },
+    Scenario {
+        name: "rates-sandboxer",
+        needs: Need::PodsOnCurrentContainerd,
+        run: cri::network::rates::sandboxer,
+    },
+    Scenario {
         name: "volumes-pod",
         needs: Need::Pods,
         run: cri::volumes::run,
@@ -81,9 +120,29 @@ const SCENARIOS: &[Scenario] = &[
         run: volumes::files,
     },
     Scenario {
+        name: "file-systems",
+        needs: Need::FileSystemPrograms,
+        run: file_systems::run,
+    },
+    Scenario {
         name: "disks",
         needs: Need::Guest,
         run: disks::run,
+    },
+    Scenario {
+        name: "synced",
+        needs: Need::Guest,
+        run: synced::run,
+    },
+    Scenario {
+        name: "layers",
+        needs: Need::Pods,
+        run: cri::layers::run,
+    },
+    Scenario {
+        name: "writable-layer",
+        needs: Need::Guest,
+        run: writable_layer::run,
     },
     Scenario {
         name: "rootfs-erofs",
@@ -199,6 +258,11 @@ const SCENARIOS: &[Scenario] = &[
         name: "vm-net",
         needs: Need::Taps,
         run: vm_net::run,
+    },
+    Scenario {
+        name: "vm-vhost",
+        needs: Need::VhostNet,
+        run: vm_net::vhost,
     },
     Scenario {
         name: "vm-slots",

@@ -40,6 +40,7 @@ fn request() -> Request {
         any_sender: false,
         to_guest: RateLimit::default(),
         from_guest: RateLimit::default(),
+        vhost: false,
     }
 }
 
@@ -51,10 +52,11 @@ fn plug(vm: &Vm, request: &Request, taps: &[File]) -> PluggedSlot {
     }
 }
 
+/// All zero for a card whose frames don't pass through the VMM.
 fn counters(vm: &Vm, slot: PluggedSlot) -> NetCounters {
     let plugged = status(vm).plugged;
     let card = plugged.iter().find(|device| device.slot == slot.slot);
-    card.and_then(|card| card.net).unwrap()
+    card.unwrap().net.unwrap_or_default()
 }
 
 /// Runs a script in the guest's own network.
@@ -82,16 +84,21 @@ fn configure(vm: &Vm, id: &str, tap: &str) {
     assert!(shown.contains("mtu 1500"), "{shown}");
 }
 
-pub fn run(checks: &mut Checks, artifacts: &Artifacts) {
+/// A VM with two vCPUs, and a network of this scenario's own.
+fn start(checks: &mut Checks, artifacts: &Artifacts) -> Option<Vm> {
     let spec = VmSpec {
         vcpus: 2,
         memory_mib: 192,
         ..VmSpec::default()
     };
-    let Some(vm) = checks.require("boots with two vCPUs", || {
+    checks.require("boots with two vCPUs", || {
         unshare(CloneFlags::CLONE_NEWNET).unwrap();
         boot(&spec, artifacts)
-    }) else {
+    })
+}
+
+pub fn run(checks: &mut Checks, artifacts: &Artifacts) {
+    let Some(vm) = start(checks, artifacts) else {
         return;
     };
     checks.check("what is no card is refused", || bad_requests(&vm));
@@ -132,6 +139,84 @@ pub fn run(checks: &mut Checks, artifacts: &Artifacts) {
     });
 }
 
+/// The same card with its frames moved by the host's kernel.
+pub fn vhost(checks: &mut Checks, artifacts: &Artifacts) {
+    let Some(vm) = start(checks, artifacts) else {
+        return;
+    };
+    let open = || -> File {
+        let mut options = File::options();
+        options.read(true).write(true);
+        options.open("/dev/vhost-net").unwrap()
+    };
+    checks.check("what vhost-net can't do is refused", || {
+        let taps = |name| tap::open(name, 1).unwrap();
+        let limit = RateLimit {
+            frames_per_second: 9,
+            ..RateLimit::default()
+        };
+        let limited = with_vhost(limit);
+        let file = || tempfile::tempfile().unwrap();
+        let pair = |name, other: File| {
+            let mut files = taps(name);
+            files.push(other);
+            files
+        };
+        for (request, files, why) in [
+            (
+                with_vhost(RateLimit::default()),
+                taps("tap7"),
+                "1 descriptors",
+            ),
+            (
+                with_vhost(RateLimit::default()),
+                pair("tap8", file()),
+                "/dev/vhost-net",
+            ),
+            (limited, pair("tap9", open()), "rate limits"),
+        ] {
+            match vm.control_with(&request, &files).unwrap() {
+                Response::Error { message } => assert!(message.contains(why), "{message}"),
+                other => panic!("{other:?} instead of {why:?}"),
+            }
+        }
+        assert_eq!(status(&vm).plugged, []);
+    });
+    for (pairs, names) in [(1, ["v0", "v1", "v2", "v3"]), (2, ["w0", "w1", "w2", "w3"])] {
+        let name = format!("{pairs} queue pairs by the host's kernel");
+        checks.check(&name, || {
+            let tap = format!("tap{pairs}");
+            let mut files = tap::open(&tap, pairs).unwrap();
+            files.extend((0..pairs).map(|_| open()));
+            let slot = plug(&vm, &with_vhost(RateLimit::default()), &files);
+            drop(files);
+            assert_eq!(attach(&vm, slot).unwrap(), "eth0");
+            assert_eq!(tap::vhosts_of(vm.pid()), pairs);
+            configure(&vm, names[0], &tap);
+            let pings = format!("busybox ping -c 3 -w 100 {HOST} > /out");
+            let pings = in_guest(&vm, names[1], &pings);
+            assert!(pings.contains("3 packets received"), "{pings}");
+            transfers(&vm, slot, &name, [names[2], names[3]]);
+            detach(&vm, slot).unwrap();
+            assert_eq!(unplug(&vm, slot.slot), Response::Ok);
+            let gone = Command::new("ip").args(["link", "show", &tap]).output();
+            assert!(!gone.unwrap().status.success());
+            assert_eq!(tap::vhosts_of(vm.pid()), 0);
+        });
+    }
+}
+
+fn with_vhost(limit: RateLimit) -> Request {
+    Request::PlugNet {
+        mac: MAC,
+        mtu: 1500,
+        any_sender: false,
+        to_guest: RateLimit::default(),
+        from_guest: limit,
+        vhost: true,
+    }
+}
+
 fn bad_requests(vm: &Vm) {
     let with = |change: fn(&mut [u8; 6], &mut u16)| {
         let (mut mac, mut mtu) = (MAC, 1500);
@@ -142,6 +227,7 @@ fn bad_requests(vm: &Vm) {
             any_sender: false,
             to_guest: RateLimit::default(),
             from_guest: RateLimit::default(),
+            vhost: false,
         }
     };
     let file = || tempfile::tempfile().unwrap();

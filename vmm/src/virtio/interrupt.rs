@@ -17,6 +17,8 @@ pub struct Interrupt {
     /// driver has last read it.
     status: AtomicU32,
     needs_reset: AtomicBool,
+    /// Bits that the status always has.
+    standing: AtomicU32,
 }
 
 /// How far above a bit of the register the one is that says that it's new.
@@ -30,11 +32,12 @@ impl Interrupt {
             line,
             status: AtomicU32::new(0),
             needs_reset: AtomicBool::new(false),
+            standing: AtomicU32::new(0),
         }
     }
 
     /// The descriptor that is registered as irqfd.
-    pub(super) fn line(&self) -> &EventFd {
+    pub fn line(&self) -> &EventFd {
         &self.line
     }
 
@@ -64,12 +67,21 @@ impl Interrupt {
 
     /// The InterruptStatus register.
     pub(super) fn status(&self) -> u32 {
-        self.status.load(Ordering::Acquire) & SEEN_BITS
+        self.status.load(Ordering::Acquire) & SEEN_BITS | self.standing.load(Ordering::Acquire)
     }
 
     /// The same, read by the driver.
     pub(super) fn look(&self) -> u32 {
         self.status.fetch_and(SEEN_BITS, Ordering::AcqRel) & SEEN_BITS
+            | self.standing.load(Ordering::Acquire)
+    }
+
+    /// Somebody else raises the line for used buffers, without a word here: the register says until
+    /// the next reset that there may be some. A driver looks at its rings then, and goes on if there
+    /// are none.
+    pub fn always_used_buffers(&self) {
+        self.standing
+            .store(VIRTIO_MMIO_INT_VRING, Ordering::Release);
     }
 
     /// The InterruptACK register.
@@ -96,6 +108,7 @@ impl Interrupt {
     /// As after power-on. The device is not active then, so nobody raises anything meanwhile.
     pub(super) fn reset(&self) {
         self.status.store(0, Ordering::Release);
+        self.standing.store(0, Ordering::Release);
         self.needs_reset.store(false, Ordering::Release);
     }
 

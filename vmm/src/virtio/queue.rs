@@ -255,8 +255,17 @@ impl Virtqueue {
         self.kick
     }
 
-    /// The ring's indices and addresses.
-    #[cfg(test)]
+    /// The descriptor by which the driver notifies.
+    pub fn kick(&self) -> &EventFd {
+        &self.kick
+    }
+
+    /// Whether the driver has set it up.
+    pub fn is_ready(&self) -> bool {
+        self.ring.ready()
+    }
+
+    /// The ring's indices and addresses, which were validated.
     pub fn state(&self) -> virtio_queue::QueueState {
         self.ring.state()
     }

@@ -161,7 +161,8 @@ impl Client {
         let answer = self.exec(container, &["sh", "-c", script]).unwrap();
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         let (stdout, stderr) = (text(&answer.stdout), text(&answer.stderr));
-        assert!(answer.exit_code == 0, "{script}: {stdout:?} {stderr:?}");
+        let code = answer.exit_code;
+        assert!(code == 0, "{script}: {code} {stdout:?} {stderr:?}");
         stdout.trim_end().to_owned()
     }
 

@@ -125,6 +125,11 @@ impl NetDevice {
         };
         Ok((device, counters))
     }
+
+    /// The taps, one for each queue pair.
+    pub(super) fn taps(&self) -> &[Arc<Tap>] {
+        &self.taps
+    }
 }
 
 /// Whatever the tap is.

@@ -8,6 +8,7 @@
 //! | `receive.rs`, `transmit.rs` | frames to the guest, and from it |
 //! | `control.rs` | the control queue, which there is with several queue pairs |
 //! | `rate.rs` | limits of bytes and frames a second |
+//! | `vhost.rs` | the same device with its frames moved by the host's kernel |
 //!
 //! Frames go between the tap and guest memory without a copy in between, but for their first bytes
 //! on the way from the guest: those that say who has sent a frame are copied and then checked, so
@@ -21,10 +22,12 @@ mod tap;
 #[cfg(test)]
 mod tests;
 mod transmit;
+mod vhost;
 mod worker;
 
 pub use device::{NetConfig, NetCounters, NetDevice};
 pub use tap::{Tap, TapError, ioctls as tap_ioctls};
+pub use vhost::{VhostError, VhostNetDevice, ioctls as vhost_ioctls};
 
 /// Length of struct virtio_net_hdr (§5.1.6), which is in front of every frame both ways.
 const HEADER: usize = size_of::<virtio_bindings::virtio_net::virtio_net_hdr_v1>();

@@ -4,7 +4,7 @@
 use super::super::iovec::{IoVectors, writev_after};
 use super::HEADER;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use vm_memory::volatile_memory::VolatileSlice;
 
 /// Requests of tap descriptors (linux/if_tun.h).
@@ -88,6 +88,12 @@ pub struct Tap {
     descriptor: OwnedFd,
     /// Segmentation of UDP is known here (Linux 6.2).
     uso: bool,
+}
+
+impl AsFd for Tap {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.descriptor.as_fd()
+    }
 }
 
 impl AsRawFd for Tap {

@@ -52,7 +52,7 @@ fn has(features: u64, bit: u32) -> bool {
 }
 
 /// What a driver with these features lets the other side leave to it.
-fn offloads(features: u64) -> Offloads {
+pub(super) fn offloads(features: u64) -> Offloads {
     Offloads {
         checksum: has(features, ids::VIRTIO_NET_F_GUEST_CSUM),
         tso4: has(features, ids::VIRTIO_NET_F_GUEST_TSO4),

@@ -95,6 +95,7 @@ impl Monitor for Vmm {
             mac: MAC,
             mtu: 1500,
             any_sender: false,
+            vhost: false,
             to_guest: RateLimit::default(),
             from_guest: RateLimit::default(),
         };

@@ -2,7 +2,10 @@
 //! with both families and port mapping, and a macvlan interface beside it.
 
 mod forward;
+pub mod hostile;
+pub mod kinds;
 mod lone;
+pub mod rates;
 mod servers;
 
 use super::client::Client;
