@@ -18,7 +18,42 @@ const HOST_PORT: u16 = 18_081;
 /// For what a guest is to have done.
 const PATIENCE: Duration = Duration::from_secs(90);
 
-pub fn run(checks: &mut Checks, artifacts: &Artifacts) {
+/// A container's life on the default bridge.
+pub fn life(checks: &mut Checks, artifacts: &Artifacts) {
+    with_daemon(checks, artifacts, |host, checks| {
+        if checks
+            .require("docker run: the default bridge", || host.web())
+            .is_some()
+        {
+            host.default_bridge(checks);
+            host.life(checks);
+        }
+        host.refused(checks);
+    });
+}
+
+/// Networks of users', and none.
+pub fn networks(checks: &mut Checks, artifacts: &Artifacts) {
+    with_daemon(checks, artifacts, |host, checks| {
+        if checks
+            .require("docker run: the default bridge", || host.web())
+            .is_some()
+        {
+            host.user_network(checks);
+        }
+        host.others(checks);
+        checks.check("docker network rm", || {
+            host.remove();
+            host.docker.call("DELETE", "/networks/mine", None).unwrap();
+        });
+    });
+}
+
+fn with_daemon(
+    checks: &mut Checks,
+    artifacts: &Artifacts,
+    work: impl FnOnce(&Host<'_>, &mut Checks),
+) {
     let started = checks.require("a daemon on containerd", || {
         unshare(CloneFlags::CLONE_NEWNET).unwrap();
         let up = Command::new("ip")
@@ -37,10 +72,8 @@ pub fn run(checks: &mut Checks, artifacts: &Artifacts) {
         assert!(made.unwrap().success());
         docker.load(&archive).unwrap();
         let version = docker.json("GET", "/version", None).unwrap();
-        println!(
-            "API {}, {}",
-            version["ApiVersion"], version["Components"][0]["Details"]["ModuleVersion"]
-        );
+        let module = &version["Components"][0]["Details"]["ModuleVersion"];
+        println!("API {}, {module}", version["ApiVersion"]);
         (containerd, docker)
     });
     let Some((containerd, docker)) = started else {
@@ -50,20 +83,9 @@ pub fn run(checks: &mut Checks, artifacts: &Artifacts) {
         containerd: &containerd,
         docker: &docker,
     };
-    if checks
-        .require("docker run: the default bridge", || host.web())
-        .is_some()
-    {
-        host.default_bridge(checks);
-        host.user_network(checks);
-        host.life(checks);
-    }
-    host.others(checks);
+    work(&host, checks);
     checks.check("docker rm --force: nothing is left of any", || {
-        for name in ["web", "other", "both", "none", "named"] {
-            let _ = docker.call("DELETE", &format!("/containers/{name}?force=1&v=1"), None);
-        }
-        docker.call("DELETE", "/networks/mine", None).unwrap();
+        host.remove();
         assert!(processes_of("bulkhead-vmm").is_empty());
         let run = containerd.runtime_dir().join("moby");
         let left: Vec<_> = std::fs::read_dir(run).into_iter().flatten().collect();
@@ -107,6 +129,14 @@ impl Host<'_> {
     fn inspect(&self, name: &str) -> Value {
         let path = format!("/containers/{name}/json");
         self.docker.json("GET", &path, None).unwrap()
+    }
+
+    /// All containers.
+    fn remove(&self) {
+        for name in ["web", "other", "both", "none", "named"] {
+            let path = format!("/containers/{name}?force=1&v=1");
+            let _ = self.docker.call("DELETE", &path, None);
+        }
     }
 
     fn web(&self) {
@@ -260,6 +290,24 @@ impl Host<'_> {
         });
     }
 
+    fn refused(&self, checks: &mut Checks) {
+        checks.check("--network host is refused, and says why", || {
+            let host = shell("true", json!({ "NetworkMode": "host" }));
+            let error = self.docker.run("host", &host).unwrap_err().to_string();
+            assert!(error.contains("a network, of its own"), "{error}");
+            self.docker
+                .call("DELETE", "/containers/host?force=1", None)
+                .unwrap();
+        });
+        checks.check("--network container:OTHER is refused, and says why", || {
+            self.post("/containers/web/start", &json!({}));
+            let shared = shell("true", json!({ "NetworkMode": "container:web" }));
+            let error = self.docker.run("named", &shared).unwrap_err().to_string();
+            assert!(error.contains("two can't share one"), "{error}");
+            self.exec("web", "ping -c 1 -w 30 172.17.0.1");
+        });
+    }
+
     fn others(&self, checks: &mut Checks) {
         checks.check("--network none: the loopback alone", || {
             let script = "ls /sys/class/net; ping -c 1 -w 30 127.0.0.1 >/dev/null; exit 7";
@@ -293,14 +341,6 @@ impl Host<'_> {
                 .unwrap();
             assert_eq!(ended["StatusCode"], 0);
             assert_eq!(self.docker.logs("named").unwrap(), "hello\n");
-        });
-        checks.check("--network host is refused, and says why", || {
-            let host = shell("true", json!({ "NetworkMode": "host" }));
-            let error = self.docker.run("host", &host).unwrap_err().to_string();
-            assert!(error.contains("a network, of its own"), "{error}");
-            self.docker
-                .call("DELETE", "/containers/host?force=1", None)
-                .unwrap();
         });
     }
 }

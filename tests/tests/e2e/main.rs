@@ -75,9 +75,14 @@ const SCENARIOS: &[Scenario] = &[
         run: cri::network::current,
     },
     Scenario {
-        name: "docker",
+        name: "docker-life",
         needs: Need::Docker,
-        run: docker::run,
+        run: docker::life,
+    },
+    Scenario {
+        name: "docker-networks",
+        needs: Need::Docker,
+        run: docker::networks,
     },
     Scenario {
         name: "hostile-frames",

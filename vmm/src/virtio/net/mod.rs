@@ -8,7 +8,7 @@
 //! | `receive.rs`, `transmit.rs` | frames to the guest, and from it |
 //! | `control.rs` | the control queue, which there is with several queue pairs |
 //! | `rate.rs` | limits of bytes and frames a second |
-//! | `vhost.rs` | the same device with its frames moved by the host's kernel |
+//! | `vhost.rs`, `vhost/kernel.rs` | the same device with its frames moved by the host's kernel |
 //!
 //! Frames go between the tap and guest memory without a copy in between, but for their first bytes
 //! on the way from the guest: those that say who has sent a frame are copied and then checked, so

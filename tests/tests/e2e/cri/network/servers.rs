@@ -57,16 +57,35 @@ pub fn names(ip: IpAddr, name: &'static str, answer: Ipv4Addr) {
     });
 }
 
+/// Sends each connection so many zeroes. Returns where it listens.
+pub fn say(ip: IpAddr, length: usize) -> SocketAddr {
+    let listener = TcpListener::bind((ip, 0)).unwrap();
+    let address = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let _ = stream.unwrap().write_all(&vec![0; length]);
+        }
+    });
+    address
+}
+
 /// What an HTTP server has at `/`.
 #[track_caller]
 pub fn get(address: SocketAddr) -> String {
+    get_path(address, "/").trim_end().to_owned()
+}
+
+/// What an HTTP server has at a path.
+#[track_caller]
+pub fn get_path(address: SocketAddr, path: &str) -> String {
     let stream = TcpStream::connect_timeout(&address, PATIENCE);
     let mut stream = stream.unwrap_or_else(|error| panic!("{address}: {error}"));
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
-    stream.write_all(b"GET / HTTP/1.0\r\n\r\n").unwrap();
+    let request = format!("GET {path} HTTP/1.0\r\n\r\n");
+    stream.write_all(request.as_bytes()).unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
     let (head, body) = answer.split_once("\r\n\r\n").unwrap();
     assert!(head.contains(" 200 "), "{head}");
-    body.trim_end().to_owned()
+    body.to_owned()
 }
