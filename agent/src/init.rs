@@ -7,9 +7,10 @@
 use crate::cgroups::Hierarchy;
 use crate::error::{Context, Failure, Kind};
 use crate::generation::Generation;
+use crate::log;
 use crate::namespaces;
 use crate::slots::Slots;
-use bulkhead_proto::guest::{SHARE_MOUNT, SHARE_TAG, STORAGE_MOUNT};
+use bulkhead_proto::guest::{EMULATED_SWITCH, SHARE_MOUNT, SHARE_TAG, STORAGE_MOUNT, TCP_SEGMENTS};
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, MountPropagationFlags};
@@ -95,6 +96,16 @@ pub fn lower_descriptor_limit() -> rustix::io::Result<()> {
         maximum,
     };
     rustix::process::setrlimit(Resource::Nofile, limit)
+}
+
+/// See [`TCP_SEGMENTS`].
+fn send_large_frames() -> std::io::Result<()> {
+    let words = std::fs::read_to_string("/proc/cmdline")?;
+    if !words.split_whitespace().any(|word| word == EMULATED_SWITCH) {
+        return Ok(());
+    }
+    let (file, number) = TCP_SEGMENTS;
+    std::fs::write(file, number)
 }
 
 /// A host that closes a stream must not end the agent.
@@ -222,6 +233,10 @@ impl Guest {
                     ));
                 }
             }
+        }
+        if let Err(error) = send_large_frames() {
+            // It's slower without.
+            log::error(format!("set {}: {error}", TCP_SEGMENTS.0));
         }
         // What is mounted later also shows up in the mount namespaces that are made ahead.
         let shared = MountPropagationFlags::SHARED | MountPropagationFlags::REC;

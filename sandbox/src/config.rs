@@ -20,6 +20,12 @@ pub const MAX_MEMORY_MIB: u32 = 1024 * 1024;
 /// Smallest and largest limit of the template folder in MiB.
 pub const TEMPLATE_LIMIT_MIB: std::ops::RangeInclusive<u32> = 64..=1024 * 1024;
 
+/// Smallest and largest limit of the folder of layers in MiB (16 TiB).
+pub const LAYER_LIMIT_MIB: std::ops::RangeInclusive<u32> = 64..=16 * 1024 * 1024;
+
+/// Smallest and largest writable layer in MiB: what ext4 can be made in, and holds.
+pub const WRITABLE_LAYER_MIB: std::ops::RangeInclusive<u32> = 16..=16 * 1024 * 1024;
+
 /// Largest number of vCPUs.
 pub const MAX_VCPUS: u8 = bulkhead_proto::vmm::MAX_VCPUS;
 
@@ -57,6 +63,16 @@ pub struct Config {
     /// What all templates together may take on the disk in MiB, 64 to 1048576. Beyond that the
     /// least recently used ones go, though never the one that was just made.
     pub template_limit_mib: u32,
+    /// Whether the layers of images that come as folders (containerd's overlayfs) are converted to
+    /// EROFS images, which virtual machines then have as disks.
+    pub convert_layers: bool,
+    /// Folder for the converted layers, root's alone. Absolute path.
+    pub layer_dir: PathBuf,
+    /// What all converted layers together may take on the disk in MiB, 64 to 16777216. Beyond that
+    /// the least recently used ones go that no container has.
+    pub layer_limit_mib: u32,
+    /// How much a container can write to its root in MiB, 16 to 16777216; 0 is no limit.
+    pub writable_layer_mib: u32,
     /// How fast a pod's network interfaces may be, and what may pass them.
     pub network: NetworkConfig,
 }
@@ -86,6 +102,10 @@ impl Default for Config {
             templates: true,
             template_dir: "/var/lib/bulkhead/templates".into(),
             template_limit_mib: 2048,
+            convert_layers: false,
+            layer_dir: "/var/lib/bulkhead/layers".into(),
+            layer_limit_mib: 16384,
+            writable_layer_mib: 0,
             network: NetworkConfig::default(),
         }
     }
@@ -197,6 +217,7 @@ impl Config {
             ("vmm", &self.vmm),
             ("runtime_dir", &self.runtime_dir),
             ("template_dir", &self.template_dir),
+            ("layer_dir", &self.layer_dir),
         ] {
             if !path.is_absolute() {
                 return range(key, format!("{path:?}"), "must be an absolute path".into());
@@ -217,13 +238,26 @@ impl Config {
             let allowed = format!("must be 0 to {MAX_MEMORY_MIB} (MiB)");
             return range("memory_max_mib", self.memory_max_mib.to_string(), allowed);
         }
-        if !TEMPLATE_LIMIT_MIB.contains(&self.template_limit_mib) {
-            let (low, high) = (TEMPLATE_LIMIT_MIB.start(), TEMPLATE_LIMIT_MIB.end());
-            return range(
+        for (key, value, allowed, or_none) in [
+            (
                 "template_limit_mib",
-                self.template_limit_mib.to_string(),
-                format!("must be {low} to {high} (MiB)"),
-            );
+                self.template_limit_mib,
+                TEMPLATE_LIMIT_MIB,
+                "",
+            ),
+            ("layer_limit_mib", self.layer_limit_mib, LAYER_LIMIT_MIB, ""),
+            (
+                "writable_layer_mib",
+                self.writable_layer_mib,
+                WRITABLE_LAYER_MIB,
+                "0, or ",
+            ),
+        ] {
+            if !allowed.contains(&value) && (value != 0 || or_none.is_empty()) {
+                let (low, high) = (allowed.start(), allowed.end());
+                let allowed = format!("must be {or_none}{low} to {high} (MiB)");
+                return range(key, value.to_string(), allowed);
+            }
         }
         for param in &self.kernel_params {
             let printable = param.bytes().all(|byte| (0x21..0x7f).contains(&byte));
@@ -259,8 +293,9 @@ mod tests {
         let table: toml::Table = text.parse().unwrap();
         let mut keys: Vec<_> = table.keys().map(String::as_str).collect();
         keys.sort_unstable();
-        let wanted = "console kernel kernel_params memory_max_mib memory_mib network rootfs runtime_dir \
-                      template_dir template_limit_mib templates vcpus vmm";
+        let wanted = "console convert_layers kernel kernel_params layer_dir layer_limit_mib \
+                      memory_max_mib memory_mib network rootfs runtime_dir template_dir \
+                      template_limit_mib templates vcpus vmm writable_layer_mib";
         assert_eq!(keys.join(" "), wanted);
     }
 
@@ -295,6 +330,18 @@ mod tests {
                 "template_limit_mib = 63: must be 64 to 1048576 (MiB)",
             ),
             ("template_limit_mib = 1048577", "must be 64 to 1048576"),
+            (
+                "layer_dir = \"layers\"",
+                "layer_dir = \"layers\": must be an absolute path",
+            ),
+            (
+                "layer_limit_mib = 0",
+                "layer_limit_mib = 0: must be 64 to 16777216 (MiB)",
+            ),
+            (
+                "writable_layer_mib = 15",
+                "writable_layer_mib = 15: must be 0, or 16 to",
+            ),
             ("vcpus = ", "/etc/x.toml"),
         ] {
             let error = Config::parse(text, "/etc/x.toml").unwrap_err().to_string();

@@ -10,10 +10,13 @@
 //!   shared/        the share's root: the skeleton, bound read-only, with the mounts on top
 //! ```
 
+use crate::cache::PathLock;
 use crate::host_cgroup::{HostCgroup, HostCgroupError};
 use crate::ids::{ContainerId, Namespace, SandboxId};
-use crate::mounts::{MountError, mount_share, unmount_tree};
+use crate::mounts::{MountError, bind_into_share, mount_share, mounts_below, unmount_tree};
 use crate::process_ref::ProcessRef;
+use crate::spec::Bind;
+use bulkhead_proto::guest::{SHARE_MOUNTS, SHARE_VOLUMES};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -136,6 +139,21 @@ impl RuntimeFolder {
     /// Where they appear in the share.
     pub(crate) fn container_share(&self, id: &ContainerId) -> PathBuf {
         self.share().join(id)
+    }
+
+    /// Binds `bind`'s source, which containers of the pod have in common under the name `volume`,
+    /// unless it is there already. It stays as long as the pod does.
+    pub(crate) fn bind_volume(&self, bind: &Bind, volume: &str) -> Result<(), FolderError> {
+        let lock = self.path.join("volumes.lock");
+        let _lock = PathLock::take(&lock).map_err(fail("lock", &lock))?;
+        let below = Path::new(SHARE_VOLUMES).join(SHARE_MOUNTS).join(volume);
+        let target = self.share().join(&below);
+        if !mounts_below(&target)?.is_empty() {
+            return Ok(());
+        }
+        let skeleton = self.skeleton().join(below);
+        fs::create_dir_all(&skeleton).map_err(fail("make", &skeleton))?;
+        Ok(bind_into_share(bind, &target)?)
     }
 
     /// Makes the folder and mounts the share. What an ended sandbox of the same id left is
@@ -437,10 +455,11 @@ mod tests {
             recursive: true,
             follows: true,
             ids: None,
+            volume: None,
         }];
         make_mount_points(&folder.container_skeleton(&id), &binds).unwrap();
         let share = folder.container_share(&id);
-        bind_root_into_share(&root, &share.join("rootfs")).unwrap();
+        bind_root_into_share(&root, &share.join("rootfs"), false).unwrap();
         bind_into_share(&binds[0], &share.join("mounts/0")).unwrap();
 
         fs::write(share.join("rootfs/written"), "x").unwrap();

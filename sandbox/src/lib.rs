@@ -17,6 +17,7 @@
 //! [`bulkhead_proto::vmm`] for what the VMM is given.
 
 mod boot;
+mod cache;
 pub mod cleanup;
 pub mod config;
 mod control;
@@ -30,6 +31,7 @@ mod host_cgroup;
 mod hotplug;
 pub mod ids;
 pub mod images;
+pub mod layers;
 mod mounts;
 mod network;
 mod ops;
@@ -46,6 +48,7 @@ mod slots;
 pub mod spec;
 mod stdio;
 pub mod template;
+mod tools;
 mod vmm;
 
 pub use error::{Error, Kind, Result};

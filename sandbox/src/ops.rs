@@ -3,6 +3,7 @@
 
 use crate::Kind;
 use crate::disks::Attached;
+use crate::disks::upper::mark_opaque;
 use crate::disks::volumes::renumber;
 use crate::error::{Error, Result};
 use crate::folder::RuntimeFolder;
@@ -93,12 +94,16 @@ fn share(prepared: &Prepared) -> Result<()> {
     let share = folder.container_share(&prepared.id);
     // Writable though the spec may ask for a read-only root: mount points that the image lacks are
     // made in it first, and then the agent makes it read-only. Where the daemon mounted the root
-    // read-only, it is that here too.
+    // read-only, it is that here too; and where it is only what lies below a layer of limited size.
     if !prepared.own_root {
         let root = prepared.spec.root_path();
-        bind_root_into_share(&root, &share.join("rootfs"))?;
+        bind_root_into_share(&root, &share.join("rootfs"), prepared.root_below)?;
     }
     for bind in &prepared.guest.binds {
+        if let Some(volume) = &bind.volume {
+            folder.bind_volume(bind, volume)?;
+            continue;
+        }
         let target = share.join(SHARE_MOUNTS).join(bind.number.to_string());
         bind_into_share(bind, &target)?;
     }
@@ -357,9 +362,15 @@ pub(crate) async fn remove_container(
         prepared.id.clone(),
         prepared.bundle.clone(),
     );
+    let upper = prepared.upper.clone();
     blocking(move || {
         folder.remove_container(&id)?;
-        Ok(prepare::unmount_rootfs(&bundle)?)
+        prepare::unmount_rootfs(&bundle)?;
+        let Some(upper) = upper else { return Ok(()) };
+        if let Err(error) = mark_opaque(&upper) {
+            tracing::warn!(%error, folder = %upper.display(), "committing the container may bring back what it has removed");
+        }
+        Ok(())
     })
     .await?;
     let hooks = prepared

@@ -3,11 +3,12 @@
 
 use crate::boot::BootPlan;
 use crate::disks::volumes::{self, DeviceDisk};
-use crate::disks::{Disk, DiskRoot};
+use crate::disks::{Disk, DiskRoot, WritableLimit};
 use crate::error::{Error, Result};
 use crate::folder::{Locator, RuntimeFolder};
 use crate::ids::{ContainerId, Namespace, SandboxId};
 use crate::images::Images;
+use crate::layers;
 use crate::mounts::{MountError, mount_rootfs, unmount_tree};
 use crate::pod::{self, PodSandbox, PodSettings, Role};
 use crate::sandbox::CreateContainer;
@@ -23,8 +24,15 @@ pub(crate) struct Prepared {
     pub role: Role,
     pub spec: BundleSpec,
     pub guest: GuestSpec,
-    /// The guest puts the root together itself, from some of these.
+    /// The guest puts the root together itself, and the host mounts nothing for it.
     pub own_root: bool,
+    /// What the host mounts is only what lies below the guest's root.
+    pub root_below: bool,
+    /// The host's folder of an upper layer that the guest writes to.
+    pub upper: Option<PathBuf>,
+    /// Converted layers among the disks: they stay in their store for as long as the container does.
+    #[expect(dead_code, reason = "held, not read")]
+    pub layers: Vec<layers::Image>,
     /// What to attach to the VM.
     pub disks: Vec<Disk>,
     /// Those of them that the container has as devices.
@@ -77,21 +85,6 @@ fn check(request: &CreateContainer, context: &Context) -> Result<Prepared> {
         },
         _ => spec.for_guest(&request.id, &context.pod)?,
     };
-    let root = match role {
-        Role::PodSandbox => None,
-        _ => DiskRoot::plan(&request.rootfs, &request.id, &mut guest.binds)?,
-    };
-    let own_root = root.is_some();
-    let root = root.unwrap_or_default();
-    if let (true, Some(path)) = (own_root, guest.spec.root_mut()) {
-        path.set_path(root.path);
-    }
-    guest.storage.splice(..0, root.storage);
-    let devices = volumes::devices(&guest.spec, &request.id)?;
-    let mut disks = root.disks;
-    let (more, storage) = volumes::mounts(&mut guest.spec, &request.id);
-    disks.extend(more);
-    guest.storage.extend(storage);
     if let Some(process) = guest.spec.process_mut() {
         process.set_terminal(Some(request.stdio.terminal));
     }
@@ -117,6 +110,33 @@ fn check(request: &CreateContainer, context: &Context) -> Result<Prepared> {
     if !context.vm_exists {
         Images::open(config)?;
     }
+    // Last: layers are converted, and a disk is made.
+    let limit = WritableLimit::new(config.writable_layer_mib, &spec.annotations())?;
+    let (root, layers) = match role {
+        Role::PodSandbox => (None, Vec::new()),
+        _ => {
+            let converted = layers::converted(&request.rootfs, config);
+            let (mounts, layers) =
+                converted.unwrap_or_else(|| (request.rootfs.clone(), Vec::new()));
+            let root = DiskRoot::plan(&mounts, &request.id, limit, &mut guest.binds)?;
+            (root, layers)
+        }
+    };
+    let own_root = root.as_ref().is_some_and(|root| !root.over_hosts);
+    let root_below = root.as_ref().is_some_and(|root| root.over_hosts);
+    let upper = root.as_ref().and_then(|root| root.upper.clone());
+    let mut disks = Vec::new();
+    if let Some(root) = root {
+        if let Some(path) = guest.spec.root_mut() {
+            path.set_path(root.path);
+        }
+        guest.storage.splice(..0, root.storage);
+        disks = root.disks;
+    }
+    let devices = volumes::devices(&guest.spec, &request.id)?;
+    let (more, storage) = volumes::mounts(&mut guest.spec, &request.id);
+    disks.extend(more);
+    guest.storage.extend(storage);
     let (id, bundle) = (request.id.clone(), request.bundle.clone());
     Ok(Prepared {
         id,
@@ -125,6 +145,9 @@ fn check(request: &CreateContainer, context: &Context) -> Result<Prepared> {
         spec,
         guest,
         own_root,
+        root_below,
+        upper,
+        layers,
         disks,
         devices,
         stdio,

@@ -33,7 +33,11 @@ check_shell() {
 }
 
 check_format() { (cd "$ROOT" && cargo fmt --all --check); }
-check_lints() { (cd "$ROOT" && cargo clippy --locked --quiet --workspace --all-targets -- -D warnings); }
+# With the feature that the benchmark of the devices needs.
+check_lints() {
+    (cd "$ROOT" && cargo clippy --locked --quiet --workspace --all-targets \
+        --features bulkhead-vmm/fake-driver -- -D warnings)
+}
 check_host() { (cd "$ROOT" && PATH="$OUT/bin:$PATH" BULKHEAD_CONFIG=$OUT/config.toml cargo run --locked --quiet --release --target-dir "$TARGET" -p bulkhead-shim --bin bulkhead -- check); }
 
 cmd_check() {

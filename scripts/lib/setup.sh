@@ -22,7 +22,9 @@ NEEDED_PACKAGES=(
     "containernetworking-plugins /usr/lib/cni/ptp"
     "protobuf-compiler /usr/bin/protoc"
     "iptables /usr/sbin/iptables /sbin/iptables"
+    "attr /usr/bin/setfattr"
     "curl /usr/bin/curl"
+    "strace /usr/bin/strace"
     "iproute2 /usr/sbin/ip /sbin/ip /bin/ip"
     "ca-certificates /etc/ssl/certs/ca-certificates.crt"
 )

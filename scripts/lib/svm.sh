@@ -79,8 +79,8 @@ svm_tests() {
         sed -n 's/.*"name":"e2e".*"executable":"\([^"]*\)".*/\1/p' | tail -n 1)
     [ -x "$program" ] || die "the end-to-end tests could not be built" "run: scripts/dev test --e2e vm-contract"
     {
-        printf 'export HOME=/root PATH=%q BULKHEAD_OUT=%q BULKHEAD_CONTAINERD2=%q\n' \
-            "$PATH" "$OUT" "${CONTAINERD2_BIN:-}"
+        printf 'export HOME=/root PATH=%q BULKHEAD_OUT=%q BULKHEAD_CONTAINERD2=%q BULKHEAD_FS_PROGRAMS=%q\n' \
+            "$PATH" "$OUT" "${CONTAINERD2_BIN:-}" "${FS_PROGRAMS_BIN:-}"
         # Devices whose modules nobody asks for by another name.
         printf 'modprobe -a tun vhost_net\n'
         printf 'cd %q && %q' "$ROOT" "$program"

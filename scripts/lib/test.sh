@@ -6,6 +6,8 @@ source "$ROOT/scripts/lib/build.sh"
 source "$ROOT/scripts/lib/containerd.sh"
 # shellcheck source=docker.sh
 source "$ROOT/scripts/lib/docker.sh"
+# shellcheck source=fs-programs.sh
+source "$ROOT/scripts/lib/fs-programs.sh"
 # shellcheck source=svm.sh
 source "$ROOT/scripts/lib/svm.sh"
 
@@ -78,7 +80,8 @@ unit_tests() {
 }
 e2e_tests() {
     (cd "$ROOT" && BULKHEAD_OUT=$OUT BULKHEAD_CONTAINERD2=${CONTAINERD2_BIN:-} \
-        BULKHEAD_DOCKERD=${DOCKERD_BIN:-} cargo test --locked --quiet -p bulkhead-tests --test e2e -- "$@")
+        BULKHEAD_DOCKERD=${DOCKERD_BIN:-} BULKHEAD_FS_PROGRAMS=${FS_PROGRAMS_BIN:-} \
+        cargo test --locked --quiet -p bulkhead-tests --test e2e -- "$@")
 }
 
 cmd_test() {
@@ -110,11 +113,13 @@ cmd_test() {
     fi
     if [ "$what" = svm ]; then
         build_containerd2
+        build_fs_programs
         run_tests "end-to-end tests in an emulated machine with SVM" svm_tests "$@"
     fi
     if [ "$what" = e2e ] || [ "$what" = all ]; then
         build_containerd2
         build_dockerd
+        build_fs_programs
         run_tests "end-to-end tests: each guest boots in some 5 to 30 s on an emulating KVM" e2e_tests "$@"
     fi
 

@@ -13,10 +13,12 @@
 pub mod address;
 pub mod bootstrap;
 pub mod check;
+pub mod command;
 pub mod daemon;
 pub mod delete;
 pub mod flags;
 pub mod info;
+pub mod layers;
 pub mod logging;
 pub mod metrics;
 pub mod options;

@@ -14,19 +14,18 @@
 //! | `templates[].current` | whether starts can still use it: nothing that it was made from has changed |
 //! | `templates[].description` | what it was made from, when (`created`) and in what time (`build_ms`); null if that is unreadable |
 
-use bulkhead_sandbox::config::{Config, ConfigError, ConfigSource, MAX_MEMORY_MIB, MIN_MEMORY_MIB};
+use crate::command::{self, Output, Result, age, find_config, render};
+use bulkhead_sandbox::config::{Config, MAX_MEMORY_MIB, MIN_MEMORY_MIB};
 use bulkhead_sandbox::pod::PodLimits;
-use bulkhead_sandbox::sizing::{self, MachineSize, SizeError};
-use bulkhead_sandbox::template::{self, Entry, FileIdentity, Progress, Store, TemplateError};
-use clap::{Args, Subcommand};
+use bulkhead_sandbox::sizing::{self, MachineSize};
+use bulkhead_sandbox::template::{self, Entry, FileIdentity, Progress, Store};
+use clap::Subcommand;
 use serde::Serialize;
 use std::fmt::Write as _;
-use std::io::{self, Write as _};
+use std::io;
+use std::io::Write as _;
 use std::path::PathBuf;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
-
-/// Fewest digits of a key that name a template.
-const MIN_PREFIX: usize = 4;
+use std::time::Instant;
 
 const EXAMPLES_LIST: &str = "Examples:\n  bulkhead template list\n  bulkhead template list --json";
 const EXAMPLES_BUILD: &str = "Examples:\n  bulkhead template build\n  \
@@ -84,42 +83,6 @@ pub enum TemplateCommand {
         output: Output,
     },
 }
-
-/// What every one of these commands takes.
-#[derive(Debug, Args)]
-pub struct Output {
-    /// Prints JSON instead of text.
-    #[arg(long)]
-    json: bool,
-    /// Uses this configuration file instead of the one that a shim would find.
-    #[arg(long, value_name = "FILE")]
-    config: Option<PathBuf>,
-}
-
-/// Why one of these commands failed.
-#[derive(Debug, thiserror::Error)]
-pub enum CommandError {
-    /// The configuration can't be used.
-    #[error(transparent)]
-    Config(#[from] ConfigError),
-    /// The machine doesn't fit this host.
-    #[error(transparent)]
-    Size(#[from] SizeError),
-    /// The template or the folder can't be used.
-    #[error(transparent)]
-    Template(#[from] TemplateError),
-    /// No template, or more than one, is meant.
-    #[error("{0}; `bulkhead template list` shows all")]
-    Key(String),
-    /// Output failed, or the runtime can't be made.
-    #[error("{0}")]
-    Io(#[from] io::Error),
-    /// Output failed.
-    #[error("cannot write JSON: {0}")]
-    Json(#[from] serde_json::Error),
-}
-
-type Result<T> = std::result::Result<T, CommandError>;
 
 /// An entry of the store, with what only a look at the host can tell.
 #[derive(Debug, Clone, Serialize)]
@@ -198,21 +161,6 @@ pub fn run(command: TemplateCommand) -> Result<()> {
     Ok(())
 }
 
-fn find_config(output: &Output) -> Result<Config> {
-    let source = ConfigSource {
-        path: output.config.clone(),
-        body: None,
-    };
-    Ok(Config::find(&source)?)
-}
-
-fn render<T: Serialize>(output: &Output, value: &T, text: impl Fn(&T) -> String) -> Result<String> {
-    if !output.json {
-        return Ok(text(value));
-    }
-    Ok(serde_json::to_string_pretty(value)? + "\n")
-}
-
 fn entries(config: &Config) -> Result<Vec<Shown>> {
     match Store::existing(&config.template_dir)? {
         Some(store) => Ok(store.list()?.into_iter().map(Shown::from).collect()),
@@ -233,31 +181,14 @@ fn list(config: &Config) -> Result<Listing> {
 
 /// The one template that `prefix` names.
 fn pick<'a>(all: &'a [Shown], prefix: &str) -> Result<&'a Shown> {
-    if prefix.len() < MIN_PREFIX {
-        let problem = format!("{prefix:?} is too short for a key: give {MIN_PREFIX} digits");
-        return Err(CommandError::Key(problem));
-    }
-    let mut found = all
-        .iter()
-        .filter(|one| one.entry.key.as_str().starts_with(prefix));
-    match (found.next(), found.next()) {
-        (Some(one), None) => Ok(one),
-        (None, _) => Err(CommandError::Key(format!(
-            "no template has a key that begins with {prefix:?}"
-        ))),
-        (Some(_), Some(_)) => Err(CommandError::Key(format!(
-            "more than one template has a key that begins with {prefix:?}"
-        ))),
-    }
+    command::pick("template", all, prefix, |one| &one.entry.key)
 }
 
 fn remove(config: &Config, keys: &[String], all: bool, stale: bool) -> Result<Removed> {
     let mut removed = Vec::new();
     let Some(store) = Store::existing(&config.template_dir)? else {
         return match keys.first() {
-            Some(key) => Err(CommandError::Key(format!(
-                "there is no template {key:?}, nor any other"
-            ))),
+            Some(key) => Err(command::none("template", key)),
             None => Ok(Removed { removed }),
         };
     };
@@ -416,20 +347,6 @@ fn printable(line: String) -> String {
         .collect()
 }
 
-/// How long ago a moment was, in the largest unit that fits.
-fn age(at: u64) -> String {
-    let now = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |now| now.as_secs());
-    let seconds = now.saturating_sub(at);
-    match seconds {
-        0..60 => format!("{seconds} s ago"),
-        60..3600 => format!("{} min ago", seconds / 60),
-        3600..86_400 => format!("{} h ago", seconds / 3600),
-        _ => format!("{} d ago", seconds / 86_400),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -514,18 +431,5 @@ mod tests {
         assert_eq!(json["templates"][0]["current"], false);
         assert!(json["templates"][0]["description"].is_null());
         assert_eq!(printable("a\x1b[2Jb".into()), "a·[2Jb");
-    }
-
-    #[test]
-    fn ages_are_in_the_largest_unit() {
-        let now = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap()
-            .as_secs();
-        assert!(age(now).ends_with(" s ago"));
-        assert_eq!(age(now - 130), "2 min ago");
-        assert_eq!(age(now - 7300), "2 h ago");
-        assert_eq!(age(now - 200_000), "2 d ago");
-        assert_eq!(age(u64::MAX), "0 s ago");
     }
 }

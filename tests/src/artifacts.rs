@@ -6,6 +6,17 @@ use std::path::{Path, PathBuf};
 /// Environment variable that names the folder; scripts/dev sets it.
 pub const FOLDER_ENV: &str = "BULKHEAD_OUT";
 
+/// Environment variable with the folder of public programs that test file systems, pjdfstest and
+/// fsx; scripts/dev sets it when it could build them.
+pub const FILE_SYSTEM_PROGRAMS_ENV: &str = "BULKHEAD_FS_PROGRAMS";
+
+/// That folder, if the programs are there.
+pub fn file_system_programs() -> Option<PathBuf> {
+    let folder = PathBuf::from(std::env::var_os(FILE_SYSTEM_PROGRAMS_ENV)?);
+    let there = |name: &&str| folder.join(name).is_file();
+    ["pjdfstest", "fsx"].iter().all(there).then_some(folder)
+}
+
 /// The products of the build.
 #[derive(Debug, Clone)]
 pub struct Artifacts {
@@ -49,6 +60,22 @@ impl Artifacts {
     /// The guest root image.
     pub fn rootfs(&self) -> PathBuf {
         self.folder.join("rootfs.erofs")
+    }
+
+    /// The root image of the guest in which I/O and network are measured; there is one once
+    /// `scripts/dev bench io` or `net` was called.
+    pub fn bench_rootfs(&self) -> PathBuf {
+        self.folder.join("bench.erofs")
+    }
+
+    /// The static fio of that image.
+    pub fn fio(&self) -> PathBuf {
+        self.folder.join("bench-fio")
+    }
+
+    /// PID 1 of that image.
+    pub fn bench_guest(&self) -> PathBuf {
+        self.folder.join("bench-guest")
     }
 
     /// Folder of the templates that all tests share but those of templates themselves: each kind

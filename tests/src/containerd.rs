@@ -263,15 +263,6 @@ impl Containerd {
         Ok(started)
     }
 
-    /// Gives the shims that it starts from now on a configuration with other `settings`.
-    ///
-    /// # Errors
-    /// When it can't be written.
-    pub fn configure_shims(&self, settings: &str) -> Result<()> {
-        let text = shim_config(&self.artifacts, &self.runtime_dir(), settings);
-        write(&self.folder.path().join("bulkhead.toml"), &text)
-    }
-
     /// Ends the daemon at once, as a crash would; shims and what they run are left as they are.
     ///
     /// # Errors
@@ -410,12 +401,26 @@ impl Containerd {
     /// # Errors
     /// When the script or the import fails.
     pub fn import_busybox_as(&self, image: &str) -> Result<()> {
+        self.import_layered(image, None)
+    }
+
+    /// Makes the busybox image, with a layer over it that is in the archive `layer`, and imports it
+    /// under the name `image`.
+    ///
+    /// # Errors
+    /// When the script or the import fails.
+    pub fn import_layered(&self, image: &str, layer: Option<&Path>) -> Result<()> {
         let archive = self.folder.path().join("busybox.tar");
         let script = artifacts::workspace().join("scripts/busybox-image");
         let made = Command::new(&script)
             .arg("--out")
             .arg(&archive)
             .args(["--name", image])
+            .args(
+                layer
+                    .into_iter()
+                    .flat_map(|layer| [Path::new("--layer"), layer]),
+            )
             .output();
         let made: Finished = made.context(|| format!("run {}", script.display()))?.into();
         let archive = archive.display().to_string();
@@ -457,6 +462,20 @@ impl Containerd {
     /// The snapshotter in use: overlayfs, or native where no overlay can be mounted.
     pub fn snapshotter(&self) -> &'static str {
         self.snapshotter
+    }
+
+    /// Where its shims find their configuration.
+    pub fn shim_config(&self) -> PathBuf {
+        self.folder.path().join("bulkhead.toml")
+    }
+
+    /// Gives shims that start from now on a configuration with these `settings` at its end.
+    ///
+    /// # Errors
+    /// When it can't be written.
+    pub fn configure_shims(&self, settings: &str) -> Result<()> {
+        let text = shim_config(&self.artifacts, &self.runtime_dir(), settings);
+        write(&self.shim_config(), &text)
     }
 
     /// The last lines of its log.

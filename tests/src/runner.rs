@@ -45,6 +45,8 @@ pub enum Need {
     PodsOnCurrentContainerd,
     /// A guest, a current containerd, and a Docker daemon.
     Docker,
+    /// A guest, and public programs that test file systems.
+    FileSystemPrograms,
 }
 
 /// A group of checks that share a machine or a containerd.

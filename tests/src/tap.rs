@@ -51,3 +51,29 @@ pub fn open(name: &str, queues: usize) -> Result<Vec<File>> {
         })
         .collect()
 }
+
+/// Frames received and sent by a device together, as /proc/net/dev tells.
+pub fn frames_of(text: &str, device: &str) -> Option<u64> {
+    // The second and the tenth number of its line.
+    let line = text.lines().find_map(|line| {
+        let (name, numbers) = line.split_once(':')?;
+        (name.trim() == device).then_some(numbers)
+    })?;
+    let number = |index: usize| line.split_whitespace().nth(index)?.parse::<u64>().ok();
+    number(1)?.checked_add(number(9)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frames_are_counted_both_ways() {
+        let text = "Inter-|   Receive  |  Transmit\n face |bytes packets errs\n\
+            \x20   lo: 1 2 0 0 0 0 0 0 3 4 0 0 0 0 0 0\n\
+            \x20 tap0: 700 10 0 0 0 0 0 0 900 25 0 0 0 0 0 0\n";
+        assert_eq!(frames_of(text, "tap0"), Some(35));
+        assert_eq!(frames_of(text, "tap"), None);
+        assert_eq!(frames_of("tap0: 1 x", "tap0"), None);
+    }
+}

@@ -37,11 +37,22 @@ pub struct VmSpec {
     pub kernel: Option<PathBuf>,
     /// Root image instead of the built one.
     pub rootfs: Option<PathBuf>,
+    /// Disks besides the root, from /dev/vdb on.
+    pub disks: Vec<Disk>,
     /// Program and first arguments of what is started in the VMM's place, with the VMM's path as
     /// last argument: it executes the VMM when it sees fit. Empty: the VMM itself.
     pub launcher: Vec<OsString>,
     /// Continue this saved machine instead of booting.
     pub template: Option<TemplatePaths>,
+}
+
+/// A raw file as a disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Disk {
+    /// At most 20 bytes.
+    pub serial: String,
+    /// The file.
+    pub path: PathBuf,
 }
 
 /// The files of a saved machine.
@@ -82,6 +93,7 @@ impl Default for VmSpec {
             verbose: false,
             kernel: None,
             rootfs: None,
+            disks: Vec::new(),
             launcher: Vec::new(),
             template: None,
         }
@@ -130,14 +142,7 @@ impl VmSpec {
                 open(self.kernel.as_ref().unwrap_or(&artifacts.kernel()))?,
             )?,
             kernel_params: self.kernel_params.clone(),
-            block: vec![BlockConfig {
-                serial: "root".into(),
-                fd: Some(give(
-                    &mut fds,
-                    open(self.rootfs.as_ref().unwrap_or(&artifacts.rootfs()))?,
-                )?),
-                read_only: true,
-            }],
+            block: self.block(&mut fds, artifacts)?,
             vsock_fd: give(&mut fds, listen(&at("vsock.sock"))?)?,
             share_fd: Some(give(&mut fds, open(&at("share"))?)?),
             console: ConsoleConfig {
@@ -184,6 +189,23 @@ impl VmSpec {
             config,
             pipe: File::from(config_write),
         })
+    }
+
+    fn block(&self, fds: &mut ChildFds, artifacts: &Artifacts) -> Result<Vec<BlockConfig>> {
+        let root = open(self.rootfs.as_ref().unwrap_or(&artifacts.rootfs()))?;
+        let mut block = vec![BlockConfig {
+            serial: "root".into(),
+            fd: Some(give(fds, root)?),
+            read_only: true,
+        }];
+        for disk in &self.disks {
+            block.push(BlockConfig {
+                serial: disk.serial.clone(),
+                fd: Some(give(fds, open_both(&disk.path)?)?),
+                read_only: false,
+            });
+        }
+        Ok(block)
     }
 
     /// Starts a VM.

@@ -1,5 +1,5 @@
 //! Writes to device windows that KVM gathers in a ring instead of leaving KVM_RUN for each: those
-//! that only prepare what a later access does (Documentation/virt/kvm/api.rst,
+//! that only prepare what a later access does, and acknowledgements of interrupts (Documentation/virt/kvm/api.rst,
 //! KVM_REGISTER_COALESCED_MMIO). A booting guest makes 110 of them and more, and each exit spared is
 //! two changes between KVM and this process.
 
@@ -24,6 +24,12 @@ const ENTRIES: u32 =
 /// What KVM_REGISTER_COALESCED_MMIO says.
 pub fn gather(vm: &VmFd, address: u64, length: u32) -> Result<(), kvm_ioctls::Error> {
     vm.register_coalesced_mmio(IoEventAddress::Mmio(address), length)
+}
+
+/// Has KVM exit again for each write to these bytes, if it doesn't already.
+pub fn leave(vm: &VmFd, address: u64, length: u32) {
+    // Fails for what isn't registered, and for nothing else.
+    let _ = vm.unregister_coalesced_mmio(IoEventAddress::Mmio(address), length);
 }
 
 /// A VM's ring of gathered writes. KVM fills it while any vCPU runs; every vCPU thread empties it

@@ -1,7 +1,7 @@
 //! The guest kernel's command line. What each parameter is for is written down in
 //! `guest-kernel/README.md`.
 
-use bulkhead_proto::guest::AGENT_PATH;
+use bulkhead_proto::guest::{AGENT_PATH, EMULATED_SWITCH};
 use bulkhead_proto::vmm::KvmKind;
 use thiserror::Error;
 
@@ -19,11 +19,7 @@ const ALWAYS: &[&str] = &[
 
 /// Where guest kernel mode is emulated. The time-stamp counter is the host's there, whatever the
 /// VMM sets: of the guest's clocks only KVM's goes on from where a template was saved.
-const EMULATED: &[&str] = &[
-    "bulkhead.emulated_ring0",
-    "mitigations=off",
-    "clocksource=kvm-clock",
-];
+const EMULATED: &[&str] = &[EMULATED_SWITCH, "mitigations=off", "clocksource=kvm-clock"];
 
 /// Where memory can be plugged. Linux then puts up to three times as much as it booted with where
 /// only pages are that can be moved out of the way, and more in turns with memory for all uses: what

@@ -23,7 +23,6 @@ use crate::memory::{self, Memory, MemoryError};
 use crate::privileges::{self, PrivilegeError};
 use crate::probe::{self, ProbeError};
 use crate::seccomp::{self, Filters, SeccompError, ThreadKind, ThreadStart};
-use crate::snapshot::restore::Verification;
 use crate::snapshot::shape::{BlockShape, Image};
 use crate::snapshot::{HostKvm, Refused, Shape, Template};
 use crate::spares::Spares;
@@ -98,11 +97,11 @@ pub(crate) fn build(
     started: Instant,
 ) -> Result<Machine, BuildError> {
     privileges::drop_all_but(resources.share.is_some())?;
+    let template = resources.template.take();
+    let template = template.map(Template::open).transpose()?;
     seccomp::report_trapped_calls().map_err(system_failed("handling SIGSYS"))?;
     let on_start = thread_start(Filters::compile()?);
     let loops = Loops::start(&on_start, resources.share.is_some()).map_err(DevicesError::from)?;
-    let template = resources.template.take();
-    let template = template.map(Template::open).transpose()?;
 
     check_kvm(&resources.kvm)?;
     let host = HostKvm::of(&resources.kvm).map_err(system_failed("asking KVM what it is"))?;
@@ -112,8 +111,8 @@ pub(crate) fn build(
         None => Start::Boot(resources.kernel),
         Some(template) => {
             template.check_shape(&shape)?;
-            let verification = template.map_memory(&memory.boot)?;
-            Start::Continue(template, verification)
+            template.map_memory(&memory.boot)?;
+            Start::Continue(template)
         }
     };
     let vm = Arc::new(create_vm(&resources.kvm, &memory.boot)?);
@@ -134,7 +133,7 @@ pub(crate) fn build(
         loops,
         events: events.clone(),
         started,
-        ready: matches!(start, Start::Continue(..)),
+        ready: matches!(start, Start::Continue(_)),
     })?;
     let device_count = windows.len();
     let bus = Arc::new(Bus::new(
@@ -144,9 +143,7 @@ pub(crate) fn build(
     ));
     match start {
         Start::Boot(kernel) => load_boot_state(&memory.boot, &shape, device_count, kernel, &vcpus)?,
-        Start::Continue(template, verification) => {
-            template.apply(verification, &vm, &vcpus, &bus)?;
-        }
+        Start::Continue(template) => template.apply(&vm, &vcpus, &bus)?,
     }
 
     let ended = Ended::new().map_err(system_failed("creating an event descriptor"))?;
@@ -246,7 +243,7 @@ enum Start {
     /// The kernel's entry point.
     Boot(File),
     /// A template, whose memory file is being checked.
-    Continue(Template, Verification),
+    Continue(Template),
 }
 
 /// Kernel, boot tables and registers of a cold boot.
@@ -291,9 +288,9 @@ fn check_kvm(kvm: &Kvm) -> Result<(), BuildError> {
     })
 }
 
-/// The VM with its memory, and its interrupt controllers and timer, which KVM models in the host's
-/// kernel. Memory comes first: KVM waits for readers of what it replaces, for which it needs no
-/// time only as long as nothing else has been changed before.
+/// The VM with its memory, and its interrupt controllers, which KVM models in the host's kernel.
+/// Memory comes first: KVM waits for readers of what it replaces, for which it needs no time only
+/// as long as nothing else has been changed before.
 fn create_vm(kvm: &Kvm, memory: &GuestMemoryMmap) -> Result<VmFd, BuildError> {
     let vm = kvm.create_vm().map_err(kvm_failed("KVM_CREATE_VM"))?;
     memory::register(&vm, memory).map_err(kvm_failed("KVM_SET_USER_MEMORY_REGION"))?;
@@ -303,12 +300,22 @@ fn create_vm(kvm: &Kvm, memory: &GuestMemoryMmap) -> Result<VmFd, BuildError> {
         .map_err(kvm_failed("KVM_SET_TSS_ADDR"))?;
     vm.create_irq_chip()
         .map_err(kvm_failed("KVM_CREATE_IRQCHIP"))?;
-    vm.create_pit2(kvm_pit_config {
-        flags: KVM_PIT_SPEAKER_DUMMY,
-        ..Default::default()
-    })
-    .map_err(kvm_failed("KVM_CREATE_PIT2"))?;
+    if has_pit(kvm) {
+        vm.create_pit2(kvm_pit_config {
+            flags: KVM_PIT_SPEAKER_DUMMY,
+            ..Default::default()
+        })
+        .map_err(kvm_failed("KVM_CREATE_PIT2"))?;
+    }
     Ok(vm)
+}
+
+/// Whether machines have a programmable interval timer: only where the local APIC's timer has no
+/// deadline mode. With it, and with the rates that KVM's clock names, Linux has no use for another
+/// (`apic_needs_pit()` of arch/x86/kernel/apic/apic.c). For this timer KVM makes a thread of the
+/// host's kernel, which a start would wait for.
+pub(crate) fn has_pit(kvm: &Kvm) -> bool {
+    !kvm.check_extension(Cap::TscDeadlineTimer)
 }
 
 fn random_seed() -> std::io::Result<[u8; boot_params::SEED_LEN]> {

@@ -192,6 +192,8 @@ const SAVE: &[u64] = &[
 const PLUG: &[u64] = &[
     0x4020_ae76, // KVM_IRQFD
     0x4040_ae79, // KVM_IOEVENTFD
+    0x4010_ae67, // KVM_REGISTER_COALESCED_MMIO
+    0x4010_ae68, // KVM_UNREGISTER_COALESCED_MMIO
     tap::GET_INTERFACE,
     tap::SET_HEADER_LENGTH,
     tap::SET_OFFLOAD,

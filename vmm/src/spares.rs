@@ -200,6 +200,10 @@ impl Spares {
             net,
         };
         let window = place.connect(&self.vm, &self.memory, device)?;
+        if let Err(error) = place.gather_acknowledgements(&self.vm) {
+            place.disconnect(&self.vm, &window);
+            return Err(error.into());
+        }
         self.bus.plug(place.slot, window);
         self.plugged.insert(place.slot, plugged);
         Ok(PluggedSlot {

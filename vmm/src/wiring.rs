@@ -9,7 +9,9 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::arch::x86_64::layout;
 use crate::coalesced;
 use crate::virtio::VirtioDevice;
-use crate::virtio::mmio::{self, MMIO_SIZE, MmioTransport, PREPARING, QUEUE_NOTIFY};
+use crate::virtio::mmio::{
+    self, ACKNOWLEDGEMENT, MMIO_SIZE, MmioTransport, PREPARING, QUEUE_NOTIFY,
+};
 
 /// Why a device's window could not be connected.
 #[derive(Debug, Error)]
@@ -119,19 +121,33 @@ impl Place {
             let _ = vm.unregister_ioevent(event, &self.notify(), index as u32);
         }
         let _ = vm.unregister_irqfd(window.interrupt_line(), self.irq);
+        let (offset, length) = ACKNOWLEDGEMENT;
+        coalesced::leave(vm, self.address() + offset, length);
     }
 
-    /// Spares the guest's driver an exit for most of what it writes to set its device up; see
-    /// [`coalesced`].
+    /// Spares the guest's driver an exit for most of what it writes to set its device up, and for the
+    /// acknowledgement of each interrupt; see [`coalesced`].
     ///
     /// # Errors
     /// What KVM says.
     pub fn gather_writes(self, vm: &VmFd) -> Result<(), WiringError> {
-        for (offset, length) in PREPARING {
-            coalesced::gather(vm, self.address() + offset, length)
-                .map_err(self.refused("KVM_REGISTER_COALESCED_MMIO"))?;
+        for registers in PREPARING {
+            self.gather(vm, registers)?;
         }
-        Ok(())
+        self.gather_acknowledgements(vm)
+    }
+
+    /// The same for acknowledgements alone: of two exits for each interrupt one is left.
+    ///
+    /// # Errors
+    /// What KVM says.
+    pub fn gather_acknowledgements(self, vm: &VmFd) -> Result<(), WiringError> {
+        self.gather(vm, ACKNOWLEDGEMENT)
+    }
+
+    fn gather(self, vm: &VmFd, (offset, length): (u64, u32)) -> Result<(), WiringError> {
+        coalesced::gather(vm, self.address() + offset, length)
+            .map_err(self.refused("KVM_REGISTER_COALESCED_MMIO"))
     }
 
     fn notify(self) -> IoEventAddress {

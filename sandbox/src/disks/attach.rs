@@ -3,8 +3,9 @@
 
 use super::volumes::Number;
 use super::{Disk, DiskError};
+use crate::Kind;
 use crate::folder::RuntimeFolder;
-use crate::guest::Guest;
+use crate::guest::{AgentError, Guest};
 use crate::prepare::Prepared;
 use crate::slots::{plug_block, unplug};
 use bulkhead_proto::vmm::PluggedSlot;
@@ -71,14 +72,28 @@ impl Attached {
 
     /// Takes them out again, as far as they can be. Without a guest that answers, the disks just
     /// vanish from it.
+    ///
+    /// A disk that the guest doesn't let go of stays: its requests may be under way, for instance
+    /// because the host's disk hangs. If it vanished, none of them would ever be answered, and what
+    /// waits for them in the guest, the agent among it, would wait for ever.
     pub async fn remove(&self, guest: Option<&Guest>, folder: &Arc<RuntimeFolder>) {
         for slot in self.slots.iter().rev() {
             let Some(guest) = guest else { return };
-            if let Err(error) = guest.detach_device(*slot).await {
-                tracing::warn!(%error, slot = slot.slot, "the guest does not let go of a disk");
+            let slot_number = slot.slot;
+            match guest.detach_device(*slot).await {
+                // It was never in use, or no longer.
+                Ok(())
+                | Err(AgentError::Refused {
+                    kind: Kind::NotFound,
+                    ..
+                }) => {}
+                Err(error) => {
+                    tracing::warn!(%error, slot_number, "a disk that the guest does not let go of stays");
+                    continue;
+                }
             }
             if let Err(error) = unplug(folder, *slot).await {
-                tracing::warn!(%error, slot = slot.slot, "a disk stays in the virtual machine");
+                tracing::warn!(%error, slot_number, "a disk stays in the virtual machine");
             }
         }
     }

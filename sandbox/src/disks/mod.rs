@@ -5,10 +5,13 @@
 mod attach;
 mod format;
 mod root;
+pub(crate) mod upper;
 pub(crate) mod volumes;
+mod writable;
 
 pub(crate) use attach::Attached;
 pub(crate) use root::DiskRoot;
+pub(crate) use writable::WritableLimit;
 
 use crate::Kind;
 use bulkhead_proto::guest::DISKS;
@@ -48,6 +51,14 @@ pub enum DiskError {
         /// Why.
         cause: String,
     },
+    /// It can't be made.
+    #[error("cannot make the disk {path}: {cause}", path = .path.display())]
+    NotMade {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        cause: String,
+    },
     /// Somebody else writes to it.
     #[error(
         "the disk {path} is in use by another virtual machine or by the host, and a file system that \
@@ -64,7 +75,9 @@ impl DiskError {
     pub(crate) fn kind(&self) -> Kind {
         match self {
             DiskError::Refused { .. } => Kind::Unimplemented,
-            DiskError::Open { .. } | DiskError::NotAttached { .. } => Kind::Unknown,
+            DiskError::Open { .. } | DiskError::NotAttached { .. } | DiskError::NotMade { .. } => {
+                Kind::Unknown
+            }
             DiskError::InUse { .. } => Kind::FailedPrecondition,
         }
     }

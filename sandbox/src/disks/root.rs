@@ -10,19 +10,26 @@
 //! | `overlay`, the upper layer in a folder of the host's | that folder through the share |
 //! | `bind` of an earlier mount | the same |
 //!
-//! The last mount is the root.
+//! The last mount is the root. With a limit of what the container may write, an upper layer of the
+//! host's is a disk ([`super::writable`]); an overlay that the host mounts is then the lower layer of
+//! one in the guest.
 
 use super::format::expand;
+use super::writable::{self, WritableLimit};
 use super::{Disk, DiskError, FILE_SYSTEMS};
 use crate::ids::ContainerId;
 use crate::mounts::RootfsMount;
-use crate::spec::{Bind, guest_bind};
+use crate::spec::{Bind, guest_bind, guest_rootfs};
 use bulkhead_proto::agent::{StorageFolder, StorageMount};
 use bulkhead_proto::guest::STORAGE_MOUNT;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// What containerd's mount transformers read.
 const MKDIR: &str = "X-containerd.mkdir.path=";
+
+/// Where, below a container's, the disk with its writable layer is mounted.
+const WRITABLE: &str = "writable";
 
 /// A root that the guest puts together itself.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -33,40 +40,47 @@ pub(crate) struct DiskRoot {
     pub storage: Vec<StorageMount>,
     /// Where it has the root then.
     pub path: PathBuf,
+    /// The host mounts the root, too, as what lies below this one.
+    pub over_hosts: bool,
+    /// The host's folder of an upper layer that the guest writes to.
+    pub upper: Option<PathBuf>,
 }
 
 /// A [`DiskRoot`] in the making.
 struct Plan<'a> {
     id: &'a ContainerId,
     binds: &'a mut Vec<Bind>,
+    limit: WritableLimit,
     root: DiskRoot,
     /// Where the mounts so far are in the guest.
     places: Vec<PathBuf>,
 }
 
 impl DiskRoot {
-    /// Reads the mounts of `id`'s root; none if they are the host's to make. What the guest needs
-    /// of the host's folders is added to `binds`.
+    /// Reads the mounts of `id`'s root; none if they are the host's to make and the guest takes them
+    /// as they are. What the guest needs of the host's folders is added to `binds`.
     ///
     /// # Errors
-    /// When a mount can't be made in a guest.
+    /// When a mount can't be made in a guest, or the disk for what the container writes can't be.
     pub fn plan(
         mounts: &[RootfsMount],
         id: &ContainerId,
+        limit: WritableLimit,
         binds: &mut Vec<Bind>,
     ) -> Result<Option<Self>, DiskError> {
+        let mut plan = Plan {
+            id,
+            binds,
+            limit,
+            root: Self::default(),
+            places: Vec::new(),
+        };
         let on_disk = |one: &RootfsMount| {
             FILE_SYSTEMS.contains(&base(&one.kind)) && !Path::new(&one.source).is_dir()
         };
         if !mounts.iter().any(on_disk) {
-            return Ok(None);
+            return plan.over_hosts(mounts);
         }
-        let mut plan = Plan {
-            id,
-            binds,
-            root: Self::default(),
-            places: Vec::new(),
-        };
         for (index, one) in mounts.iter().enumerate() {
             let last = index + 1 == mounts.len();
             let name = if last {
@@ -79,6 +93,7 @@ impl DiskRoot {
                 problem,
             })?;
         }
+        plan.check_limit()?;
         let mut root = plan.root;
         root.path = plan.places.pop().unwrap_or_default();
         Ok(Some(root))
@@ -92,6 +107,98 @@ fn base(kind: &str) -> &str {
 }
 
 impl Plan<'_> {
+    /// A root that the host mounts, below a layer with a limit. None if there is no limit.
+    fn over_hosts(mut self, mounts: &[RootfsMount]) -> Result<Option<DiskRoot>, DiskError> {
+        let Some(mib) = self.limit.mib else {
+            return Ok(None);
+        };
+        let upper = match mounts {
+            [one] if one.kind == "overlay" => {
+                let mut options = one.options.iter();
+                options.find_map(|option| option.strip_prefix("upperdir="))
+            }
+            _ => None,
+        };
+        let Some(upper) = upper.map(Path::new) else {
+            self.check_limit()?;
+            return Ok(None);
+        };
+        let mut options = vec![format!("lowerdir+={}", guest_rootfs(self.id).display())];
+        options.extend(self.writable(upper, mib)?);
+        let target = format!("containers/{}/root", self.id);
+        self.root.path = Path::new(STORAGE_MOUNT).join(&target);
+        self.root.over_hosts = true;
+        self.root.storage.push(StorageMount {
+            target,
+            type_: "overlay".into(),
+            source: "overlay".into(),
+            options,
+            ..Default::default()
+        });
+        Ok(Some(self.root))
+    }
+
+    /// A limit that a container asks for holds, or is refused.
+    fn check_limit(&self) -> Result<(), DiskError> {
+        let limited = self
+            .root
+            .storage
+            .iter()
+            .any(|one| one.target.ends_with(WRITABLE));
+        if limited || self.limit.mib.is_none() {
+            return Ok(());
+        }
+        let problem = "it has no writable layer of its own that could be limited: it is a folder or a \
+                       disk as a whole, or its snapshotter sets the layer's size";
+        if self.limit.annotated {
+            return Err(DiskError::Refused {
+                what: "a writable layer of limited size for the root file system".into(),
+                problem: problem.into(),
+            });
+        }
+        tracing::info!(container = %self.id, "the root's size is not limited: {problem}");
+        Ok(())
+    }
+
+    /// The options of an overlay whose upper layer is a disk of `mib` MiB, in place of the host's
+    /// folder `upper`: with that one's owner and mode, which are those of the container's `/`.
+    fn writable(&mut self, upper: &Path, mib: u32) -> Result<Vec<String>, DiskError> {
+        let failed = |cause| DiskError::Open {
+            path: upper.to_owned(),
+            cause,
+        };
+        let snapshot = upper.parent().unwrap_or(upper);
+        let own = upper.metadata().map_err(failed)?;
+        let disk = writable::disk(snapshot, mib)?;
+        let node = self
+            .attach(&disk.display().to_string(), false)
+            .map_err(|problem| DiskError::Refused {
+                what: disk.display().to_string(),
+                problem,
+            })?;
+        let target = format!("containers/{}/{WRITABLE}", self.id);
+        let place = Path::new(STORAGE_MOUNT).join(&target);
+        let folder = |path: &str| StorageFolder {
+            path: path.into(),
+            mode: own.mode() & 0o7777,
+            uid: own.uid(),
+            gid: own.gid(),
+            ..Default::default()
+        };
+        self.root.storage.push(StorageMount {
+            target,
+            type_: "ext4".into(),
+            source: node,
+            // Its tables are zeroes: no need to write them once more.
+            options: vec!["noinit_itable".into()],
+            folders: vec![folder("upper"), folder("work")],
+            ..Default::default()
+        });
+        Ok(["upper", "work"]
+            .map(|name| format!("{name}dir={}", place.join(name).display()))
+            .into())
+    }
+
     fn add(&mut self, one: &RootfsMount, name: &str) -> Result<(), String> {
         if !one.target.is_empty() {
             return Err(format!("its target {:?} is not supported", one.target));
@@ -160,11 +267,13 @@ impl Plan<'_> {
     fn overlay(&mut self, options: Vec<String>) -> Result<Vec<String>, String> {
         let value = |key: &str| options.iter().find_map(|option| option.strip_prefix(key));
         let upper = match (value("upperdir="), value("workdir=")) {
-            (Some(upper), Some(work)) => Some(self.upper(Path::new(upper), Path::new(work))?),
+            (Some(upper), Some(work)) => {
+                Some(self.upper(Path::new(upper), Path::new(work), &options)?)
+            }
             (None, None) => None,
             _ => return Err("an upper layer needs both upperdir and workdir".into()),
         };
-        let mut kept = Vec::new();
+        let mut kept = self.earlier_changes(upper.is_some(), value("upperdir="))?;
         for option in &options {
             if let Some(layers) = option.strip_prefix("lowerdir=") {
                 for layer in layers.split(':').filter(|layer| !layer.is_empty()) {
@@ -182,7 +291,49 @@ impl Plan<'_> {
         Ok(kept)
     }
 
-    fn upper(&mut self, upper: &Path, work: &Path) -> Result<Vec<String>, String> {
+    /// What a folder of the host's has of the container's changes already, as a layer below the disk
+    /// that has them from now on.
+    fn earlier_changes(&mut self, any: bool, upper: Option<&str>) -> Result<Vec<String>, String> {
+        let Some(upper) = upper
+            .filter(|_| any && self.limit.mib.is_some())
+            .map(Path::new)
+        else {
+            return Ok(Vec::new());
+        };
+        let empty = |path: &Path| Ok(std::fs::read_dir(path)?.next().is_none());
+        if upper.starts_with(STORAGE_MOUNT)
+            || empty(upper).map_err(|error: std::io::Error| error.to_string())?
+        {
+            return Ok(Vec::new());
+        }
+        Ok(vec![format!(
+            "lowerdir+={}",
+            self.share(upper, true).display()
+        )])
+    }
+
+    /// Has the guest see a folder of the host's; where it sees it.
+    fn share(&mut self, source: &Path, readonly: bool) -> PathBuf {
+        let number = self.binds.len();
+        self.binds.push(Bind {
+            number,
+            source: source.to_owned(),
+            is_dir: true,
+            readonly,
+            recursive: false,
+            follows: false,
+            ids: None,
+            volume: None,
+        });
+        guest_bind(self.id, number)
+    }
+
+    fn upper(
+        &mut self,
+        upper: &Path,
+        work: &Path,
+        options: &[String],
+    ) -> Result<Vec<String>, String> {
         let own = |path: &Path| path.starts_with(STORAGE_MOUNT);
         let option = |key: &str, path: &Path| format!("{key}={}", path.display());
         if own(upper) && own(work) {
@@ -204,22 +355,18 @@ impl Plan<'_> {
                 work.display()
             ));
         }
-        let number = self.binds.len();
-        self.binds.push(Bind {
-            number,
-            source: parent.to_owned(),
-            is_dir: true,
-            readonly: false,
-            recursive: false,
-            follows: false,
-            ids: None,
-        });
-        let place = guest_bind(self.id, number);
+        if let Some(mib) = self.limit.mib {
+            return self.writable(upper, mib).map_err(|error| error.to_string());
+        }
+        if !options.iter().any(|option| option == "userxattr") {
+            self.root.upper = Some(upper.to_owned());
+        }
+        let place = self.share(parent, false);
+        // Its marks are trusted attributes, as those of the layers below are; the file server, which
+        // may set none, keeps them under other names (vmm/src/virtio/fs/xattrs.rs).
         Ok(vec![
             option("upperdir", &place.join(upper_name)),
             option("workdir", &place.join(work_name)),
-            // The file server may not set trusted attributes, which are the host's.
-            "userxattr".into(),
         ])
     }
 
@@ -317,7 +464,7 @@ mod tests {
     fn plan(mounts: &[RootfsMount]) -> Result<(Option<DiskRoot>, Vec<Bind>), String> {
         let mut binds = Vec::new();
         let id = ContainerId::try_from("c1").unwrap();
-        let root = DiskRoot::plan(mounts, &id, &mut binds);
+        let root = DiskRoot::plan(mounts, &id, WritableLimit::default(), &mut binds);
         root.map(|root| (root, binds))
             .map_err(|error| error.to_string())
     }
@@ -425,7 +572,7 @@ mod tests {
             options.contains(&"upperdir=/run/bulkhead/shared/c1/mounts/0/fs".to_owned()),
             "{options:?}"
         );
-        assert!(options.contains(&"userxattr".to_owned()), "{options:?}");
+        assert_eq!(root.upper.as_deref(), Some(Path::new(&upper)));
     }
 
     #[test]

@@ -165,6 +165,7 @@ mod tests {
             recursive: true,
             follows: true,
             ids,
+            volume: None,
         }
     }
 

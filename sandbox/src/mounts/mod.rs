@@ -102,8 +102,12 @@ pub(crate) fn mount_share(skeleton: &Path, share: &Path) -> Result<(), MountErro
 }
 
 /// Binds a container's root at `target` below the share.
-pub(crate) fn bind_root_into_share(source: &Path, target: &Path) -> Result<(), MountError> {
-    bind_plainly(source, target, false, true, true)
+pub(crate) fn bind_root_into_share(
+    source: &Path,
+    target: &Path,
+    readonly: bool,
+) -> Result<(), MountError> {
+    bind_plainly(source, target, readonly, true, true)
 }
 
 /// Binds a bind mount's source at `target` below the share.
@@ -172,7 +176,7 @@ pub(crate) fn make_mount_points(folder: &Path, binds: &[Bind]) -> io::Result<()>
     fs::create_dir(folder)?;
     fs::create_dir(folder.join("rootfs"))?;
     fs::create_dir(&mounts)?;
-    for bind in binds {
+    for bind in binds.iter().filter(|bind| bind.volume.is_none()) {
         let target = mounts.join(bind.number.to_string());
         if bind.is_dir {
             fs::create_dir(target)?;

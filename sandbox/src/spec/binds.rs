@@ -1,11 +1,12 @@
 //! Bind mounts: a host file or folder reaches the guest through the share.
 
-use super::{SpecError, field, guest_bind, unsupported};
+use super::{SpecError, field, guest_bind, guest_volume, unsupported};
 use crate::ids::ContainerId;
 use crate::mounts::{MemoryVolume, MountError};
 use bulkhead_proto::agent::StorageMount;
 use oci_spec::runtime::{LinuxIdMapping, Mount, Spec};
-use std::os::unix::fs::FileTypeExt;
+use sha2::{Digest, Sha256};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 /// Devices that every guest has under the same name.
@@ -35,6 +36,8 @@ pub struct Bind {
     pub follows: bool,
     /// Other ids of its files' owners.
     pub ids: Option<MountIds>,
+    /// The pod's containers have it in common, under this name; see [`pod_volume`].
+    pub volume: Option<String>,
 }
 
 /// From the ids of files to those that they are shown as.
@@ -114,6 +117,27 @@ fn check_propagation(mount: &Mount, at: &str) -> Result<(), SpecError> {
     Err(unsupported(at, problem))
 }
 
+/// The name of a folder that several containers of a pod may have as a volume: the same one for all
+/// that have it in the same way.
+///
+/// The file server tells files apart by the mounts that they are found through, so what two
+/// containers have through binds of their own would be two files to the guest: with sockets, FIFOs
+/// and locks that don't meet, and memory maps that don't see each other's writes.
+fn pod_volume(bind: &Bind) -> Option<String> {
+    let found = bind.source.metadata().ok()?;
+    let of = format!(
+        "{:?} {} {} {} {} {}",
+        bind.source,
+        found.dev(),
+        found.ino(),
+        bind.readonly,
+        bind.recursive,
+        bind.follows
+    );
+    let digest = Sha256::digest(of);
+    Some(digest.iter().take(8).map(|b| format!("{b:02x}")).collect())
+}
+
 /// Where the sources of a spec's bind mounts come from.
 #[derive(Debug, Default)]
 pub(super) struct Sources {
@@ -128,6 +152,7 @@ pub(super) fn translate(
     spec: &mut Spec,
     id: &ContainerId,
     bundle: &Path,
+    in_pod: bool,
 ) -> Result<Sources, SpecError> {
     let mut sources = Sources::default();
     let own = spec.linux().as_ref().map(|linux| {
@@ -166,7 +191,7 @@ pub(super) fn translate(
             }
         }
         let number = sources.binds.len();
-        sources.binds.push(Bind {
+        let mut bind = Bind {
             number,
             source,
             is_dir,
@@ -174,8 +199,16 @@ pub(super) fn translate(
             recursive: has("rbind"),
             follows: !has("private") && !has("rprivate"),
             ids,
-        });
-        mount.set_source(Some(guest_bind(id, number)));
+            volume: None,
+        };
+        if in_pod && is_dir && bind.ids.is_none() {
+            bind.volume = pod_volume(&bind);
+        }
+        mount.set_source(Some(match &bind.volume {
+            Some(name) => guest_volume(name),
+            None => guest_bind(id, number),
+        }));
+        sources.binds.push(bind);
     }
     Ok(sources)
 }

@@ -23,7 +23,7 @@ use crate::ids::{ContainerId, Namespace, SandboxId};
 use crate::pod::{self, Annotations, PodLimits, PodSandbox, PodSettings, Role};
 use crate::pod_files;
 use bulkhead_proto::agent::StorageMount;
-use bulkhead_proto::guest::{SHARE_MOUNT, SHARE_MOUNTS};
+use bulkhead_proto::guest::{SHARE_MOUNT, SHARE_MOUNTS, SHARE_VOLUMES};
 use oci_spec::runtime::{Hooks, Linux, LinuxResources, Process, Spec};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -105,6 +105,14 @@ pub(crate) fn guest_bind(id: &ContainerId, n: usize) -> PathBuf {
         .join(id)
         .join(SHARE_MOUNTS)
         .join(n.to_string())
+}
+
+/// Where a volume that containers of a pod have in common is in the guest.
+fn guest_volume(name: &str) -> PathBuf {
+    Path::new(SHARE_MOUNT)
+        .join(SHARE_VOLUMES)
+        .join(SHARE_MOUNTS)
+        .join(name)
 }
 
 /// A spec that has been read and checked, still as the host sees it.
@@ -316,7 +324,8 @@ impl BundleSpec {
         };
         pod_files::add(&mut spec, &pod.files, namespaces::joins_ipc(&self.spec));
         namespaces::translate(&mut spec, pod.hostname.as_deref(), vm)?;
-        let sources = binds::translate(&mut spec, id, &self.bundle)?;
+        let in_pod = pod::role(&annotations) == Role::PodContainer;
+        let sources = binds::translate(&mut spec, id, &self.bundle, in_pod)?;
         Ok(GuestSpec {
             spec,
             binds: sources.binds,

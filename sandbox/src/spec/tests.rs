@@ -118,6 +118,7 @@ fn files_and_folders_are_bound_through_the_share() {
             recursive: false,
             follows: true,
             ids: None,
+            volume: None,
         },
         Bind {
             number: 1,
@@ -127,6 +128,7 @@ fn files_and_folders_are_bound_through_the_share() {
             recursive: true,
             follows: true,
             ids: None,
+            volume: None,
         },
     ];
     assert_eq!(guest.binds, wanted);
@@ -471,4 +473,38 @@ fn an_execs_process_is_checked_too() {
         .unwrap_err()
         .to_string();
     assert!(error.contains("invalid at args"), "{error}");
+}
+
+#[test]
+fn containers_of_a_pod_have_their_folders_in_common() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = dir.path().display().to_string();
+    let file = dir.path().join("file");
+    std::fs::write(&file, "").unwrap();
+    let volume = |kind: &str, options: Value| {
+        let mut spec = minimal();
+        spec["annotations"] = json!({"io.kubernetes.cri.container-type": kind});
+        spec["mounts"] = json!([
+            {"destination": "/a", "type": "bind", "source": source, "options": options},
+            {"destination": "/b", "type": "bind", "source": file, "options": ["bind"]},
+        ]);
+        let loaded = Bundle::new(&spec).load().unwrap();
+        let guest = loaded.for_guest(&id(), &PodSettings::default()).unwrap();
+        assert_eq!(guest.binds[1].volume, None, "a file is not shared");
+        let place = guest.spec.mounts().as_ref().unwrap()[0].source().clone();
+        (guest.binds[0].volume.clone(), place.unwrap())
+    };
+    let (one, place) = volume("container", json!(["rbind", "rw"]));
+    assert_eq!(volume("container", json!(["rbind", "rw"])).0, one);
+    assert!(
+        place.ends_with(format!("@volumes/mounts/{}", one.clone().unwrap())),
+        "{place:?}"
+    );
+    // Who may write, and who may not, have not the same.
+    assert_ne!(volume("container", json!(["rbind", "ro"])).0, one);
+    assert_eq!(
+        volume("", json!(["rbind", "rw"])).0,
+        None,
+        "a lone container"
+    );
 }

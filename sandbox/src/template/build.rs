@@ -2,11 +2,12 @@
 //! container needs, and the VMM saves it.
 
 use super::TemplateError;
-use super::key::{Identity, Key};
+use super::key::Identity;
 use super::lock::KeyLock;
 use super::save::save;
-use super::store::{self, Description, MEMORY, STATE, Store, Template};
+use super::store::{Description, MEMORY, STATE, Store, Template};
 use crate::boot::{self, BootError, Launch};
+use crate::cache::{Key, now};
 use crate::config::Config;
 use crate::folder::RuntimeFolder;
 use crate::images::Images;
@@ -154,7 +155,7 @@ impl Builder<'_> {
         let elapsed = begin.elapsed();
         let description = Description {
             identity: self.identity.clone(),
-            created: store::now(),
+            created: now(),
             build_ms: u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX),
         };
         let template = self.store.publish(lock, build, &description)?;

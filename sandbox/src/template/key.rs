@@ -6,13 +6,13 @@
 //! is ever invalidated: what has changed has another key, and two versions of Bulkhead that share a
 //! store don't see each other's templates.
 
+use crate::cache::{Key, hex};
 use crate::config::{Config, Console};
 use crate::images::Images;
 use crate::sizing::MachineSize;
 use crate::vmm::DEVICES;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use std::fmt;
 use std::fs::{File, Metadata};
 use std::io::{self, Read};
 use std::os::fd::AsRawFd;
@@ -172,7 +172,7 @@ impl Identity {
         // Strings and numbers can't fail to be written; were it otherwise, the empty text's key
         // would find a template that the VMM refuses.
         let text = serde_json::to_vec(self).unwrap_or_default();
-        Key(hex(&Sha256::digest(text)))
+        Key::of(Sha256::digest(text).into())
     }
 
     /// Whether a start could still use what was made for this identity: no file of it has changed,
@@ -215,38 +215,6 @@ fn first_cpu(cpuinfo: &str) -> String {
         CPU_LINES.contains(&name)
     });
     telling.collect::<Vec<_>>().join("\n")
-}
-
-/// Names a template: 64 hexadecimal digits.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
-pub struct Key(String);
-
-impl Key {
-    /// Reads a key; none if `text` isn't one.
-    pub fn parse(text: &str) -> Option<Self> {
-        let digits = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
-        (text.len() == 64 && text.bytes().all(digits)).then(|| Self(text.to_owned()))
-    }
-
-    /// All 64 digits.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-
-    /// The first 12 digits, for people: enough to tell the templates of one host apart.
-    pub fn short(&self) -> &str {
-        &self.0[..12]
-    }
-}
-
-impl fmt::Display for Key {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]

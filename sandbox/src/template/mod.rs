@@ -21,8 +21,9 @@ mod lock;
 mod save;
 mod store;
 
+pub use crate::cache::Key;
 pub use build::Progress;
-pub use key::{FileIdentity, Host, Identity, Key, Shape};
+pub use key::{FileIdentity, Host, Identity, Shape};
 pub use store::{Description, Entry, Store};
 
 pub(crate) use store::Template;

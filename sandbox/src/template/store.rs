@@ -16,17 +16,18 @@
 //! checksums, and it's built again.
 
 use super::TemplateError;
-use super::key::{Identity, Key};
+use super::key::Identity;
 use super::lock::KeyLock;
+use crate::cache::{self, Folder, Key, read_json};
 use crate::folder::RuntimeFolder;
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 /// Names in a template's folder.
 pub(super) const MEMORY: &str = "memory";
@@ -39,12 +40,6 @@ const BUILDING: &str = "building-";
 const REMOVING: &str = "removing-";
 const LOCK: &str = ".lock";
 const FAILED: &str = ".failed";
-
-/// Longest description or note that is read.
-const MAX_TEXT: u64 = 256 * 1024;
-
-/// How long nobody tries again to build what couldn't be built.
-const FAILURE_HOLDS: Duration = Duration::from_secs(600);
 
 /// How long a VM that a dead process left behind may take to end.
 const KILL_LIMIT: Duration = Duration::from_secs(5);
@@ -59,15 +54,6 @@ pub struct Description {
     pub created: u64,
     /// How long the build took, in milliseconds.
     pub build_ms: u64,
-}
-
-/// Why the last build failed.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Failure {
-    /// When, in seconds since the epoch.
-    at: u64,
-    reason: String,
 }
 
 /// One template of the store, as `list` shows it.
@@ -134,11 +120,7 @@ impl Store {
     /// # Errors
     /// When it can't be made, or others could have put something there.
     pub fn open(path: &Path) -> Result<Self, TemplateError> {
-        if !path.exists() {
-            let mut builder = DirBuilder::new();
-            builder.recursive(true).mode(0o700);
-            builder.create(path).map_err(fail("make", path))?;
-        }
+        cache::make_private(path).map_err(fail("make", path))?;
         Self::existing(path)?.ok_or_else(|| fail("open", path)(ErrorKind::NotFound.into()))
     }
 
@@ -148,23 +130,14 @@ impl Store {
     /// When it isn't a folder of this user's alone: whoever can write there writes the memory of
     /// every virtual machine to come.
     pub fn existing(path: &Path) -> Result<Option<Self>, TemplateError> {
-        let metadata = match fs::symlink_metadata(path) {
-            Err(cause) if cause.kind() == ErrorKind::NotFound => return Ok(None),
-            found => found.map_err(fail("look at", path))?,
-        };
-        let problem = if !metadata.is_dir() {
-            "it is not a folder"
-        } else if metadata.uid() != nix::unistd::geteuid().as_raw() {
-            "it belongs to another user"
-        } else if metadata.mode() & 0o022 != 0 {
-            "others may write to it; chmod 0700 it after a look at what is in there"
-        } else {
-            return Ok(Some(Self { path: path.into() }));
-        };
-        Err(TemplateError::Folder {
-            path: path.into(),
-            problem,
-        })
+        match cache::look_at(path).map_err(fail("look at", path))? {
+            Folder::Missing => Ok(None),
+            Folder::Private => Ok(Some(Self { path: path.into() })),
+            Folder::Unfit(problem) => Err(TemplateError::Folder {
+                path: path.into(),
+                problem,
+            }),
+        }
     }
 
     /// The folder.
@@ -391,31 +364,21 @@ impl Store {
         Ok(())
     }
 
+    fn failure_path(&self, lock: &KeyLock) -> PathBuf {
+        self.path.join(format!("{}{FAILED}", lock.key))
+    }
+
     /// Why a build of this key failed a short while ago.
     pub(super) fn recent_failure(&self, lock: &KeyLock) -> Option<String> {
-        let path = self.path.join(format!("{}{FAILED}", lock.key));
-        let failure: Failure = read_json(&path)?;
-        let age = now().checked_sub(failure.at)?;
-        (age < FAILURE_HOLDS.as_secs()).then_some(failure.reason)
+        cache::recent_failure(&self.failure_path(lock))
     }
 
     pub(super) fn note_failure(&self, lock: &KeyLock, reason: &str) {
-        let failure = Failure {
-            at: now(),
-            // Log tails and all: the first lines say it.
-            reason: reason.lines().take(4).collect::<Vec<_>>().join("; "),
-        };
-        let path = self.path.join(format!("{}{FAILED}", lock.key));
-        let written = serde_json::to_vec(&failure)
-            .map_err(io::Error::from)
-            .and_then(|text| fs::write(&path, text));
-        if let Err(error) = written {
-            tracing::debug!(%error, "the failure is not noted; the next start tries again");
-        }
+        cache::note_failure(&self.failure_path(lock), reason);
     }
 
     pub(super) fn forget_failure(&self, lock: &KeyLock) {
-        let _ = fs::remove_file(self.path.join(format!("{}{FAILED}", lock.key)));
+        let _ = fs::remove_file(self.failure_path(lock));
     }
 }
 
@@ -466,28 +429,6 @@ fn remove_build(path: &Path) -> io::Result<()> {
         Err(cause) if cause.kind() != ErrorKind::NotFound => Err(cause),
         _ => Ok(()),
     }
-}
-
-/// Reads a file of the store; none if it isn't there or isn't what it should be.
-fn read_json<T: for<'a> Deserialize<'a>>(path: &Path) -> Option<T> {
-    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
-    let file = OpenOptions::new()
-        .read(true)
-        .custom_flags(flags)
-        .open(path)
-        .ok()?;
-    let mut text = Vec::new();
-    file.take(MAX_TEXT).read_to_end(&mut text).ok()?;
-    serde_json::from_slice(&text)
-        .inspect_err(|error| tracing::debug!(%error, path = %path.display(), "unreadable"))
-        .ok()
-}
-
-/// Seconds since the epoch.
-pub(super) fn now() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| since.as_secs())
 }
 
 #[cfg(test)]

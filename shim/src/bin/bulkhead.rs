@@ -1,6 +1,8 @@
 //! The `bulkhead` command, for people and scripts.
 
 use bulkhead_shim::check;
+use bulkhead_shim::command::CommandError;
+use bulkhead_shim::layers::{self, LayerCommand};
 use bulkhead_shim::template::{self, TemplateCommand};
 use clap::{Parser, Subcommand};
 use std::path::PathBuf;
@@ -30,18 +32,26 @@ enum Command {
     /// Works with the saved machines that virtual machines are started from.
     #[command(subcommand)]
     Template(TemplateCommand),
+    /// Works with the layers of images that were converted to disks (`convert_layers`).
+    #[command(subcommand)]
+    Layer(LayerCommand),
 }
 
 fn main() -> ExitCode {
     match Arguments::parse().command {
         Command::Check { json, config } => run_check(json, config),
-        Command::Template(command) => match template::run(command) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => {
-                eprintln!("bulkhead: {error}");
-                ExitCode::FAILURE
-            }
-        },
+        Command::Template(command) => finish(template::run(command)),
+        Command::Layer(command) => finish(layers::run(command)),
+    }
+}
+
+fn finish(result: Result<(), CommandError>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bulkhead: {error}");
+            ExitCode::FAILURE
+        }
     }
 }
 

@@ -66,6 +66,19 @@ impl EmulateTracepoint {
     }
 }
 
+/// Counts the returns from KVM to user space (`kvm:kvm_userspace_exit`) of process `pid` and of all
+/// threads and processes that it starts from now on.
+///
+/// # Errors
+/// When the host has no such tracepoint, and what perf_event_open says.
+pub fn count_userspace_exits(pid: u32) -> Result<Counter> {
+    let (id, _) = look_up("kvm_userspace_exit")?;
+    let attr = PerfEventAttr::inherited(PERF_TYPE_TRACEPOINT, id);
+    Ok(Counter {
+        event: attr.open(pid, -1)?,
+    })
+}
+
 /// Number of the tracepoint `kvm:kvm_entry`: KVM enters the guest. A software KVM has it but may
 /// never come by.
 pub(super) fn entry_tracepoint() -> Result<u64> {

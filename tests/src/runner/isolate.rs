@@ -2,7 +2,7 @@
 
 use super::Need;
 use super::report::{self, Totals};
-use crate::artifacts::Artifacts;
+use crate::artifacts::{self, Artifacts};
 use crate::containerd::Release;
 use crate::docker;
 use crate::leaks::Snapshot;
@@ -86,6 +86,12 @@ impl Obstacles {
                 .or_else(|| self.taps.clone())
                 .or_else(|| self.vhost.clone()),
             Need::CurrentContainerd => guest().or_else(|| self.containerd.clone()),
+            Need::FileSystemPrograms => {
+                guest().or_else(|| match artifacts::file_system_programs() {
+                    Some(_) => None,
+                    None => Some("pjdfstest and fsx could not be built".into()),
+                })
+            }
             Need::Pods => guest().or_else(|| self.pods.clone()),
             Need::Docker => guest()
                 .or_else(|| self.containerd.clone())

@@ -11,6 +11,7 @@ mod cri;
 mod disks;
 mod docker;
 mod facts;
+mod file_systems;
 mod limits;
 mod memory;
 mod resources;
@@ -22,6 +23,7 @@ mod shim_storm;
 mod shim_task;
 mod snapshotters;
 mod streams;
+mod synced;
 mod templates;
 mod terminal;
 mod vm;
@@ -31,6 +33,7 @@ mod vm_net;
 mod vm_slots;
 mod vm_template;
 mod volumes;
+mod writable_layer;
 
 use bulkhead_tests::runner::{self, Need, Scenario};
 
@@ -122,9 +125,29 @@ const SCENARIOS: &[Scenario] = &[
         run: volumes::files,
     },
     Scenario {
+        name: "file-systems",
+        needs: Need::FileSystemPrograms,
+        run: file_systems::run,
+    },
+    Scenario {
         name: "disks",
         needs: Need::Guest,
         run: disks::run,
+    },
+    Scenario {
+        name: "synced",
+        needs: Need::Guest,
+        run: synced::run,
+    },
+    Scenario {
+        name: "layers",
+        needs: Need::Pods,
+        run: cri::layers::run,
+    },
+    Scenario {
+        name: "writable-layer",
+        needs: Need::Guest,
+        run: writable_layer::run,
     },
     Scenario {
         name: "rootfs-erofs",

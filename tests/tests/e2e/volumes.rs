@@ -19,7 +19,7 @@ const SLOW: Duration = Duration::from_secs(120);
 const CASES: &str = include_str!("volumes/cases.pl");
 
 /// Runs a command in the container: its output, status last.
-fn inside(bundle: &Bundle, shim: &Shim<'_>, id: &str, argv: &[&str]) -> String {
+pub fn inside(bundle: &Bundle, shim: &Shim<'_>, id: &str, argv: &[&str]) -> String {
     let out = ReadFifo::make(&bundle.beside(id)).unwrap();
     let mut process = able(json!({ "process": process(argv) }));
     let process = process["process"].take();
@@ -33,7 +33,7 @@ fn inside(bundle: &Bundle, shim: &Shim<'_>, id: &str, argv: &[&str]) -> String {
 }
 
 /// The same on the host, with the same programs.
-fn outside(root: &Path, argv: &[&str]) -> String {
+pub fn outside(root: &Path, argv: &[&str]) -> String {
     let output = Command::new("/usr/sbin/chroot")
         .arg(root)
         .args(argv)
@@ -60,7 +60,7 @@ fn sections(output: &str) -> BTreeMap<String, String> {
 }
 
 /// Gives a spec's process what root has on the host, as far as it matters for files.
-fn able(mut spec: Value) -> Value {
+pub fn able(mut spec: Value) -> Value {
     let capabilities = [
         "CAP_CHOWN",
         "CAP_DAC_OVERRIDE",
@@ -78,7 +78,7 @@ fn able(mut spec: Value) -> Value {
     spec
 }
 
-fn bind(source: &Path, destination: &str, options: &[&str]) -> Value {
+pub fn bind(source: &Path, destination: &str, options: &[&str]) -> Value {
     json!({ "destination": destination, "type": "bind", "source": source, "options": options })
 }
 

@@ -18,7 +18,7 @@ use super::MachineState;
 
 const MAGIC: [u8; 8] = *b"BLKHTMPL";
 /// Counts up with every change to anything below [`MachineState`].
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;
 const VMM_VERSION: &str = env!("CARGO_PKG_VERSION");
 const VERSION_LEN: usize = 20;
 const VERSION_AT: usize = 12;

@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -167,33 +168,30 @@ impl MemoryMap {
         Ok(())
     }
 
-    /// Reads all of `file` and compares it with the checksums.
+    /// Reads `file` and compares it with the checksums, together with all other threads that do so
+    /// with the same `progress`: each takes the next extent that nobody has taken. All of the file
+    /// is as it was saved once all of them have returned without an error.
     ///
     /// # Errors
-    /// The first extent that differs.
-    pub fn verify(&self, file: &File) -> Result<(), MemoryFileError> {
+    /// The first extent that differs of those that this thread has looked at.
+    pub fn verify(&self, file: &File, progress: &Progress) -> Result<(), MemoryFileError> {
         let mut buffer = vec![0; EXTENT_PAGES * PAGE];
-        let mut offset = 0;
-        for extent in &self.extents {
+        let mut taken = progress.take();
+        let mut offset: u64 = 0;
+        for (index, extent) in self.extents.iter().enumerate() {
             let bytes = extent.bytes();
-            let piece = buffer
-                .get_mut(..bytes as usize)
-                .ok_or(MemoryFileError::Map {
-                    index: 0,
-                    why: "is too long",
-                })?;
-            file.read_exact_at(piece, offset)
-                .map_err(failed("reading"))?;
-            let found = checksum(piece);
-            if found != extent.checksum {
-                return Err(MemoryFileError::Checksum {
-                    offset,
-                    bytes,
-                    found,
-                    said: extent.checksum,
-                });
+            if index == taken {
+                let piece = buffer
+                    .get_mut(..bytes as usize)
+                    .ok_or(MemoryFileError::Map {
+                        index,
+                        why: "is too long",
+                    })?;
+                verify_extent(file, offset, piece, extent.checksum)?;
+                taken = progress.take();
             }
-            offset += bytes;
+            // A map that nobody has checked can name more than a file can hold.
+            offset = offset.saturating_add(bytes);
         }
         Ok(())
     }
@@ -239,6 +237,37 @@ impl MemoryMap {
         }
         merged
     }
+}
+
+/// Which extent of a memory file is to be checked next.
+#[derive(Debug, Default)]
+pub struct Progress(AtomicUsize);
+
+impl Progress {
+    fn take(&self) -> usize {
+        self.0.fetch_add(1, Ordering::Relaxed)
+    }
+}
+
+/// Fills `piece` from `file` and compares it.
+fn verify_extent(
+    file: &File,
+    offset: u64,
+    piece: &mut [u8],
+    said: u64,
+) -> Result<(), MemoryFileError> {
+    file.read_exact_at(piece, offset)
+        .map_err(failed("reading"))?;
+    let found = checksum(piece);
+    if found == said {
+        return Ok(());
+    }
+    Err(MemoryFileError::Checksum {
+        offset,
+        bytes: piece.len() as u64,
+        found,
+        said,
+    })
 }
 
 fn map_extent(
@@ -373,7 +402,7 @@ mod tests {
             .unwrap();
         let other: u8 = clones[1].read_obj(GuestAddress(PAGE as u64 + 5)).unwrap();
         assert_eq!(other, 5);
-        map.verify(&file).unwrap();
+        map.verify(&file, &Progress::default()).unwrap();
     }
 
     proptest! {
@@ -386,7 +415,7 @@ mod tests {
             prop_assert_eq!(file.metadata().unwrap().len(), map.file_bytes());
             let here = memory();
             map.map(&here, &file).unwrap();
-            map.verify(&file).unwrap();
+            map.verify(&file, &Progress::default()).unwrap();
             prop_assert!(contents(&here) == contents(&saved));
         }
 
@@ -395,6 +424,7 @@ mod tests {
             pages in prop::collection::vec((0u64..170, 1u8..), 1..40),
             position: prop::sample::Index,
             bit in 0u8..8,
+            threads in 1usize..4,
         ) {
             let (map, file) = written(&filled(&pages));
             let len = file.metadata().unwrap().len();
@@ -402,8 +432,14 @@ mod tests {
             let mut byte = [0];
             file.read_exact_at(&mut byte, at).unwrap();
             file.write_all_at(&[byte[0] ^ (1 << bit)], at).unwrap();
-            let found = map.verify(&file);
-            let is_checksum = matches!(found, Err(MemoryFileError::Checksum { .. }));
+            let progress = Progress::default();
+            let found: Vec<_> = std::thread::scope(|scope| {
+                let check = || map.verify(&file, &progress);
+                let checking: Vec<_> = (0..threads).map(|_| scope.spawn(check)).collect();
+                checking.into_iter().map(|thread| thread.join().unwrap()).collect()
+            });
+            let failed: Vec<_> = found.iter().filter_map(|result| result.as_ref().err()).collect();
+            let is_checksum = matches!(failed[..], [MemoryFileError::Checksum { .. }]);
             prop_assert!(is_checksum, "{:?}", found);
 
             for other in [at, len + 1] {
@@ -442,7 +478,7 @@ mod tests {
                     prop_assert!(here.get_slice(address, extent.bytes() as usize).is_ok());
                 }
             }
-            let _ = map.verify(&file);
+            let _ = map.verify(&file, &Progress::default());
         }
     }
 }

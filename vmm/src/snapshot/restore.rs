@@ -13,7 +13,7 @@ use thiserror::Error;
 use vm_memory::GuestMemoryMmap;
 
 use super::format::{self, FormatError, MAX_STATE};
-use super::memory::MemoryFileError;
+use super::memory::{MemoryFileError, Progress};
 use super::shape::Difference;
 use super::{HostKvm, MachineState, Shape};
 use crate::bus::Bus;
@@ -126,17 +126,18 @@ pub(super) fn kvm_refused(call: &'static str) -> impl FnOnce(kvm_ioctls::Error) 
     move |source| Refused::Kvm { call, source }
 }
 
-/// A template whose state file is whole.
+/// A template whose state file is whole, and whose memory file is being checked.
 pub struct Template {
     state: Arc<MachineState>,
     memory: Arc<File>,
+    progress: Arc<Progress>,
+    /// Checks while the machine is built.
+    thread: JoinHandle<Result<(), MemoryFileError>>,
 }
 
-/// The check of the memory file, under way on a thread of its own while the machine is built.
-pub struct Verification(JoinHandle<Result<(), MemoryFileError>>);
-
 impl Template {
-    /// Reads and checks the state file.
+    /// Reads and checks the state file, and begins to check the memory file: that takes longest of
+    /// all that a start does, so it should begin first.
     ///
     /// # Errors
     /// When it is not one that this VMM has written.
@@ -151,9 +152,22 @@ impl Template {
             .state
             .read_exact_at(&mut bytes, 0)
             .map_err(Refused::Read)?;
+        let state: Arc<MachineState> = Arc::new(format::decode(&bytes)?);
+        let memory = Arc::new(files.memory);
+        let progress = Arc::new(Progress::default());
+        let thread = {
+            let (state, memory) = (Arc::clone(&state), Arc::clone(&memory));
+            let progress = Arc::clone(&progress);
+            std::thread::Builder::new()
+                .name("verify".into())
+                .spawn(move || state.memory.verify(&memory, &progress))
+                .map_err(|error| Refused::Thread(error.to_string()))?
+        };
         Ok(Self {
-            state: Arc::new(format::decode(&bytes)?),
-            memory: Arc::new(files.memory),
+            state,
+            memory,
+            progress,
+            thread,
         })
     }
 
@@ -179,18 +193,12 @@ impl Template {
         Ok(())
     }
 
-    /// Maps the memory file over `memory`, which is fresh, and begins to check it.
+    /// Maps the memory file over `memory`, which is fresh.
     ///
     /// # Errors
     /// When the file has another length than it should, or can't be mapped.
-    pub fn map_memory(&self, memory: &GuestMemoryMmap) -> Result<Verification, Refused> {
-        self.state.memory.map(memory, &self.memory)?;
-        let (state, file) = (Arc::clone(&self.state), Arc::clone(&self.memory));
-        let thread = std::thread::Builder::new()
-            .name("verify".into())
-            .spawn(move || state.memory.verify(&file))
-            .map_err(|error| Refused::Thread(error.to_string()))?;
-        Ok(Verification(thread))
+    pub fn map_memory(&self, memory: &GuestMemoryMmap) -> Result<(), Refused> {
+        Ok(self.state.memory.map(memory, &self.memory)?)
     }
 
     /// Puts the machine into the saved state, with all of its memory checked before any of it is
@@ -198,13 +206,7 @@ impl Template {
     ///
     /// # Errors
     /// When memory, vCPUs or devices are not what a VMM can have saved on this host.
-    pub fn apply(
-        &self,
-        verification: Verification,
-        vm: &VmFd,
-        vcpus: &[(VcpuFd, CpuId)],
-        bus: &Bus,
-    ) -> Result<(), Refused> {
+    pub fn apply(self, vm: &VmFd, vcpus: &[(VcpuFd, CpuId)], bus: &Bus) -> Result<(), Refused> {
         let state = &self.state;
         for (saved, (vcpu, cpuid)) in state.vcpus.iter().zip(vcpus) {
             saved.write(vm, vcpu, cpuid)?;
@@ -214,17 +216,12 @@ impl Template {
             saved.tell_stopped(vm, vcpu)?;
         }
         bus.restore_uart(state.uart)?;
-        verification.finish()?;
-        // Last: devices begin to work on guest memory, and to raise interrupts.
-        bus.resume(&state.devices)
-    }
-}
-
-impl Verification {
-    fn finish(self) -> Result<(), Refused> {
-        match self.0.join() {
-            Ok(verified) => Ok(verified?),
-            Err(_) => Err(Refused::Thread("it has panicked".into())),
+        self.state.memory.verify(&self.memory, &self.progress)?;
+        match self.thread.join() {
+            Ok(verified) => verified?,
+            Err(_) => return Err(Refused::Thread("it has panicked".into())),
         }
+        // Last: devices begin to work on guest memory, and to raise interrupts.
+        bus.resume(&self.state.devices)
     }
 }

@@ -15,6 +15,7 @@ use super::vcpu::VcpuState;
 use super::vm::VmState;
 use super::{HostKvm, MachineState, Shape, msrs};
 use crate::bus::Bus;
+use crate::recipe;
 use crate::vcpu::Vcpus;
 use crate::virtio::mmio::StateError;
 
@@ -166,7 +167,7 @@ impl Saving {
             .zip(machine.cpuids)
             .map(|(vcpu, cpuid)| VcpuState::read(machine.vm, &vcpu, cpuid, &msrs))
             .collect::<Result<_, _>>()?;
-        let vm = VmState::read(machine.vm)?;
+        let vm = VmState::read(machine.vm, recipe::has_pit(machine.kvm))?;
         let memory = MemoryMap::write(machine.memory, &mut self.memory)
             .map_err(io_failed("writing", "memory"))?;
         let state = format::encode(&MachineState {

@@ -1,6 +1,6 @@
 //! The state file as others may leave it: truncated, flipped, rewritten with a good checksum.
 
-use super::format::{self, FormatError, HEADER_LEN};
+use super::format::{self, FORMAT_VERSION, FormatError, HEADER_LEN};
 use super::memory::MemoryMap;
 use super::shape::{BlockShape, Image};
 use super::vcpu::VcpuState;
@@ -85,7 +85,10 @@ fn each_part_of_the_header_has_its_own_error() {
     assert!(matches!(spoiled(0), FormatError::Magic(_)));
     assert_eq!(
         spoiled(8).to_string(),
-        "the state file has format version 65, this VMM reads 1"
+        format!(
+            "the state file has format version {}, this VMM reads {FORMAT_VERSION}",
+            FORMAT_VERSION ^ 0x40
+        )
     );
     let version = spoiled(12).to_string();
     assert!(version.contains("saved by VMM version"), "{version}");

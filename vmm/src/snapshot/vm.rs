@@ -22,7 +22,8 @@ const CONTROLLERS: [u32; 3] = [
 #[derive(Clone, Serialize, Deserialize)]
 pub struct VmState {
     controllers: [kvm_irqchip; CONTROLLERS.len()],
-    pit: kvm_pit_state2,
+    /// Only of a machine that has one.
+    pit: Option<kvm_pit_state2>,
     /// kvm-clock in nanoseconds since the machine was first started.
     clock_ns: u64,
 }
@@ -36,11 +37,12 @@ impl std::fmt::Debug for VmState {
 }
 
 impl VmState {
-    /// Reads the state of a machine none of whose vCPUs and devices works.
+    /// Reads the state of a machine none of whose vCPUs and devices works, and which has a `pit` or
+    /// not.
     ///
     /// # Errors
     /// When KVM refuses one of the calls.
-    pub fn read(vm: &VmFd) -> Result<Self, SaveError> {
+    pub fn read(vm: &VmFd, pit: bool) -> Result<Self, SaveError> {
         let mut controllers = [kvm_irqchip::default(); CONTROLLERS.len()];
         for (controller, chip_id) in controllers.iter_mut().zip(CONTROLLERS) {
             controller.chip_id = chip_id;
@@ -49,7 +51,10 @@ impl VmState {
         }
         Ok(Self {
             controllers,
-            pit: vm.get_pit2().map_err(kvm_failed("KVM_GET_PIT2"))?,
+            pit: pit
+                .then(|| vm.get_pit2())
+                .transpose()
+                .map_err(kvm_failed("KVM_GET_PIT2"))?,
             clock_ns: vm.get_clock().map_err(kvm_failed("KVM_GET_CLOCK"))?.clock,
         })
     }
@@ -69,8 +74,9 @@ impl VmState {
             vm.set_irqchip(&controller)
                 .map_err(kvm_refused("KVM_SET_IRQCHIP"))?;
         }
-        vm.set_pit2(&self.pit)
-            .map_err(kvm_refused("KVM_SET_PIT2"))?;
+        if let Some(pit) = &self.pit {
+            vm.set_pit2(pit).map_err(kvm_refused("KVM_SET_PIT2"))?;
+        }
         let clock = kvm_clock_data {
             clock: self.clock_ns,
             ..Default::default()
@@ -85,7 +91,7 @@ impl VmState {
     pub(super) fn synthetic() -> Self {
         Self {
             controllers: [kvm_irqchip::default(); CONTROLLERS.len()],
-            pit: kvm_pit_state2::default(),
+            pit: Some(kvm_pit_state2::default()),
             clock_ns: 12_345_678_901,
         }
     }

@@ -6,14 +6,24 @@ use vmm_sys_util::eventfd::EventFd;
 
 /// The InterruptStatus register, the interrupt line and the DEVICE_NEEDS_RESET condition; shared
 /// by a transport, which the driver reads, and the device's worker, which raises them.
+///
+/// The driver's acknowledgement may come late, since KVM gathers it (see `wiring.rs`): by then the
+/// worker may have raised the same bit again, for something that the driver has not seen. So an
+/// acknowledgement takes back only what was raised before the driver's last look.
 #[derive(Debug)]
 pub struct Interrupt {
     line: EventFd,
+    /// The register's bits, and above them, by [`UNSEEN`], those of them that were raised since the
+    /// driver has last read it.
     status: AtomicU32,
     needs_reset: AtomicBool,
     /// Bits that the status always has.
     standing: AtomicU32,
 }
+
+/// How far above a bit of the register the one is that says that it's new.
+const UNSEEN: u32 = 16;
+const SEEN_BITS: u32 = (1 << UNSEEN) - 1;
 
 impl Interrupt {
     /// `line` is registered with KVM as an irqfd of an edge-triggered interrupt.
@@ -57,7 +67,13 @@ impl Interrupt {
 
     /// The InterruptStatus register.
     pub(super) fn status(&self) -> u32 {
-        self.status.load(Ordering::Acquire) | self.standing.load(Ordering::Acquire)
+        self.status.load(Ordering::Acquire) & SEEN_BITS | self.standing.load(Ordering::Acquire)
+    }
+
+    /// The same, read by the driver.
+    pub(super) fn look(&self) -> u32 {
+        self.status.fetch_and(SEEN_BITS, Ordering::AcqRel) & SEEN_BITS
+            | self.standing.load(Ordering::Acquire)
     }
 
     /// Somebody else raises the line for used buffers, without a word here: the register says until
@@ -70,7 +86,14 @@ impl Interrupt {
 
     /// The InterruptACK register.
     pub(super) fn acknowledge(&self, bits: u32) {
-        self.status.fetch_and(!bits, Ordering::AcqRel);
+        let taken_back = |status: u32| {
+            let unseen = status >> UNSEEN;
+            Some(status & !(bits & SEEN_BITS & !unseen))
+        };
+        // The closure always gives a value, so this can't fail.
+        let _ = self
+            .status
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, taken_back);
     }
 
     /// The register as it was saved. What it says may have been on its way to the guest then, so
@@ -91,7 +114,7 @@ impl Interrupt {
 
     fn raise(&self, bit: u32) {
         // The driver reads the status after the interrupt, so the bit must be there before.
-        self.status.fetch_or(bit, Ordering::AcqRel);
+        self.status.fetch_or(bit | bit << UNSEEN, Ordering::AcqRel);
         // Fails only if the counter is full; KVM's irqfd has then not yet taken the last
         // interrupt, which does for this one too.
         if let Err(error) = self.line.write(1) {
@@ -103,6 +126,7 @@ impl Interrupt {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
     use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
     #[test]
@@ -112,11 +136,26 @@ mod tests {
         interrupt.used_buffers();
         interrupt.config_changed();
         assert_eq!(line.read().unwrap(), 2);
-        assert_eq!(interrupt.status(), 3);
+        assert_eq!(interrupt.look(), 3);
         interrupt.acknowledge(1);
         assert_eq!(interrupt.status(), 2);
         interrupt.acknowledge(u32::MAX);
         assert_eq!(interrupt.status(), 0);
+    }
+
+    #[test]
+    fn what_the_driver_has_not_seen_stays() {
+        let line = EventFd::new(EFD_NONBLOCK).unwrap();
+        let interrupt = Interrupt::new(line);
+        interrupt.used_buffers();
+        assert_eq!(interrupt.look(), 1);
+        // The acknowledgement of that look comes after this.
+        interrupt.used_buffers();
+        interrupt.acknowledge(1);
+        assert_eq!(interrupt.status(), 1);
+        assert_eq!(interrupt.look(), 1);
+        interrupt.acknowledge(u32::MAX);
+        assert_eq!(interrupt.look(), 0);
     }
 
     #[test]
@@ -130,5 +169,50 @@ mod tests {
         interrupt.reset();
         assert!(!interrupt.reset_needed());
         assert_eq!(interrupt.status(), 0);
+    }
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        Raise(u32),
+        Look,
+        Acknowledge(u32),
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let step = prop_oneof![
+            (1u32..=3).prop_map(Step::Raise),
+            Just(Step::Look),
+            any::<u32>().prop_map(Step::Acknowledge),
+            (0u32..=3).prop_map(Step::Acknowledge),
+        ];
+        prop::collection::vec(step, 0..40)
+    }
+
+    proptest! {
+        /// Whatever a driver acknowledges, and when: it sees what was raised since its last look, and
+        /// nothing that was neither raised since nor left by it.
+        #[test]
+        fn nothing_is_lost_and_nothing_made_up(steps in steps()) {
+            let interrupt = Interrupt::new(EventFd::new(EFD_NONBLOCK).unwrap());
+            let (mut unseen, mut seen) = (0, 0);
+            for step in steps {
+                match step {
+                    Step::Raise(bits) => {
+                        interrupt.raise(bits);
+                        unseen |= bits;
+                    }
+                    Step::Look => {
+                        prop_assert_eq!(interrupt.look(), unseen | seen);
+                        seen |= unseen;
+                        unseen = 0;
+                    }
+                    Step::Acknowledge(bits) => {
+                        interrupt.acknowledge(bits);
+                        seen &= !bits;
+                    }
+                }
+                prop_assert_eq!(interrupt.status(), unseen | seen);
+            }
+        }
     }
 }

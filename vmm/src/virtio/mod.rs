@@ -18,6 +18,8 @@ pub mod balloon;
 pub mod block;
 pub mod buffers;
 pub mod console;
+#[cfg(any(test, feature = "fake-driver"))]
+pub mod fake_driver;
 pub mod fs;
 pub mod interrupt;
 mod iovec;

@@ -2,9 +2,12 @@
 
 mod boot;
 mod density;
+mod guests;
 mod hold;
 mod host;
+mod io;
 mod isolate;
+mod net;
 mod parallel;
 mod plot;
 mod pod;
@@ -43,6 +46,10 @@ enum Command {
     Task(task::Arguments),
     /// Execs by the thousand, and what they leave.
     Storm(storm::Arguments),
+    /// fio in guests of Bulkhead's and QEMU's, and under runc.
+    Io(io::Arguments),
+    /// iperf3 and a ping-pong in guests of Bulkhead's and QEMU's, and under runc.
+    Net(net::Arguments),
     /// Draws the phases of a start as SVG.
     Plot(plot::Arguments),
     /// Stops itself and, continued, executes a program.
@@ -60,6 +67,8 @@ fn main() -> ExitCode {
         Command::Parallel(arguments) => alone(|artifacts| parallel::measure(artifacts, &arguments)),
         Command::Task(arguments) => alone(|artifacts| task::measure(artifacts, &arguments)),
         Command::Storm(arguments) => alone(|artifacts| storm::measure(artifacts, &arguments)),
+        Command::Io(arguments) => alone(|artifacts| io::measure(artifacts, &arguments)),
+        Command::Net(arguments) => alone(|artifacts| net::measure(artifacts, &arguments)),
         Command::Plot(arguments) => match plot::draw(&arguments) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => failed(&error),

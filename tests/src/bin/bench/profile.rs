@@ -39,31 +39,41 @@ pub fn print(
         }
     }
     sampler.drain(&mut by_address);
+    println!();
+    print_functions(&symbols, &by_address);
+    Ok(())
+}
+
+/// Prints the functions to which sampled instructions belong, by their share.
+pub fn print_functions(symbols: &Symbols, by_address: &HashMap<u64, u64>) {
     let total: u64 = by_address.values().sum();
     let mut by_function: HashMap<&str, u64> = HashMap::new();
-    for (address, samples) in &by_address {
+    for (address, samples) in by_address {
         *by_function.entry(symbols.name(*address)).or_default() += samples;
     }
     let mut sorted: Vec<_> = by_function.into_iter().collect();
     sorted.sort_by(|a, b| b.1.cmp(&a.1).then(a.0.cmp(b.0)));
     println!(
-        "\n{:>8}  {:>6}  guest kernel function ({total} samples)",
+        "{:>8}  {:>6}  guest kernel function ({total} samples)",
         "samples", "share"
     );
     for (name, samples) in sorted.iter().take(LINES) {
         let share = *samples as f64 * 100.0 / total.max(1) as f64;
         println!("{samples:>8}  {share:>5.1}%  {name}");
     }
-    Ok(())
 }
 
 /// The kernel's functions by address.
-struct Symbols {
+pub struct Symbols {
     by_address: BTreeMap<u64, String>,
 }
 
 impl Symbols {
-    fn read(artifacts: &Artifacts) -> Result<Self> {
+    /// Reads them.
+    ///
+    /// # Errors
+    /// When they can't be read.
+    pub fn read(artifacts: &Artifacts) -> Result<Self> {
         let path = artifacts.system_map();
         let text = std::fs::read_to_string(&path)
             .context(|| format!("read the kernel's symbols from {}", path.display()))?;

@@ -1,6 +1,7 @@
 //! Kubernetes pods: through the CRI plugin of a real containerd, as kubelet asks for them.
 
 mod client;
+pub mod layers;
 pub mod network;
 pub mod sandboxer;
 mod security;

@@ -139,6 +139,7 @@ pub fn run(checks: &mut Checks, artifacts: &Artifacts) {
         return;
     };
     shared(checks, &client, &volumes, (&one, &two));
+    met(checks, &client, (&one, &two));
     updated(checks, &client, &volumes, &one);
     propagation(checks, &client, &volumes, &one);
     refused(checks, &pod, &volumes);
@@ -166,6 +167,29 @@ fn shared(checks: &mut Checks, client: &Client, volumes: &Volumes, (one, two): (
             "for f in /sub /config/key; do echo x >>$f; done 2>&1; touch /config/x 2>&1; true";
         let output = client.shell(one, script);
         assert_eq!(output.matches("Read-only").count(), 3, "{output}");
+    });
+}
+
+/// One container serves, the other one comes to it, by way of a volume that both have.
+fn met(checks: &mut Checks, client: &Client, (one, two): (&str, &str)) {
+    checks.check("a socket in a volume connects two containers", || {
+        let log = "ln -s /empty/log /dev/log";
+        client.shell(one, &format!("{log}; syslogd -O /empty/messages"));
+        client.shell(one, &until("[ -S /empty/log ]"));
+        client.shell(two, &format!("{log}; logger from two"));
+        client.shell(two, &until("grep -q 'from two' /empty/messages"));
+        client.shell(one, "killall syslogd");
+    });
+    checks.check("so does a FIFO, and a lock holds in both", || {
+        let held = "mkfifo /empty/pipe; cat </empty/pipe >/empty/got & \
+            flock /empty/lock sleep 100000 &";
+        client.shell(one, &format!("({held}) </dev/null >/dev/null 2>&1"));
+        client.shell(two, &until("[ -p /empty/pipe ] && [ -e /empty/lock ]"));
+        client.shell(two, "timeout 60 sh -c 'echo through >/empty/pipe'");
+        client.shell(one, &until("grep -q through /empty/got"));
+        let taken = "flock -n /empty/lock true && echo free || echo held";
+        assert_eq!(client.shell(two, taken), "held");
+        client.shell(one, "killall sleep 2>/dev/null; true");
     });
 }
 

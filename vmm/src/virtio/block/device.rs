@@ -19,8 +19,9 @@ use std::io;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use virtio_bindings::virtio_blk as ids;
 
-/// Room for one request of [`MAX_SEGMENTS`], or for some dozens of the usual size.
-const QUEUE_SIZE: u16 = 128;
+/// Room for one request of [`MAX_SEGMENTS`], or for many of the usual size. No indirect descriptors
+/// are offered: Linux would use them for every request, and allocate a table for each.
+const QUEUE_SIZE: u16 = 512;
 /// Requests taken up for each wake-up, so that other devices have their turn.
 const REQUESTS_PER_WAKE_UP: usize = 64;
 /// Bytes transferred for each wake-up: a longer request goes on at the next one.

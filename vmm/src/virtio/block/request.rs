@@ -5,8 +5,9 @@ use super::SECTOR;
 use virtio_bindings::virtio_blk as ids;
 use vm_memory::{ByteValued, GuestMemoryMmap, Le32, Le64};
 
-/// Most data descriptors of a request (seg_max in the configuration space).
-pub const MAX_SEGMENTS: u32 = 126;
+/// Most data descriptors of a request (seg_max in the configuration space): Linux then doesn't cut
+/// requests of 1 MiB up, whose pages may each be somewhere else. Fewer than IOV_MAX (1024).
+pub const MAX_SEGMENTS: u32 = 510;
 /// Most descriptors of a chain: data, header and status.
 pub const MAX_DESCRIPTORS: usize = MAX_SEGMENTS as usize + 2;
 /// Most ranges of a discard or write-zeroes request.

@@ -25,12 +25,12 @@ use std::time::Duration;
 use vm_memory::GuestMemoryMmap;
 
 /// High-priority queue (FORGET and INTERRUPT), then the request queue. The size of the second
-/// bounds Linux's requests: 128 descriptors are 124 pages of data.
-const QUEUE_SIZES: [u16; 2] = [32, 128];
+/// bounds Linux's requests: 1 MiB is 256 pages, with four more descriptors at most.
+const QUEUE_SIZES: [u16; 2] = [32, 512];
 /// Request queues in the configuration space.
 const REQUEST_QUEUES: u32 = 1;
 /// Longest chain.
-const MAX_DESCRIPTORS: usize = 256;
+const MAX_DESCRIPTORS: usize = 512;
 /// Requests of each queue for each wake-up, after which the guest hears of them.
 const REQUESTS_PER_WAKE_UP: usize = 16;
 /// Most bytes of a request or reply: [`MAX_IO`] and room for all headers and names.

@@ -10,6 +10,7 @@
 //! - refuses to make device nodes; opening existing ones is refused below (CVE-2020-35517 of
 //!   virtiofsd);
 //! - bounds the buffers whose size the client chooses;
+//! - keeps an overlay's marks, which are trusted attributes in the guest, as others on the host;
 //! - has the client look soon again at what the host may change, the volumes;
 //! - numbers files by their FUSE node ids. The host's inode numbers repeat among the file systems
 //!   that are mounted below the share, which in the guest are one file system;
@@ -20,6 +21,7 @@
 use super::checks::{check_flags, check_name, check_node};
 use super::held::Held;
 use super::volumes::Volumes;
+use super::xattrs;
 use fuse_backend_rs::abi::fuse_abi::{CreateIn, stat64, statvfs64};
 use fuse_backend_rs::api::filesystem::{
     Context, DirEntry, Entry, FileSystem, FsOptions, GetxattrReply, ListxattrReply, OpenOptions,
@@ -364,7 +366,8 @@ impl FileSystem for Guard {
         value: &[u8],
         flags: u32,
     ) -> io::Result<()> {
-        self.inner.setxattr(ctx, inode, name, value, flags)
+        let name = xattrs::to_host(name)?;
+        self.inner.setxattr(ctx, inode, &name, value, flags)
     }
 
     fn getxattr(
@@ -374,15 +377,27 @@ impl FileSystem for Guard {
         name: &CStr,
         size: u32,
     ) -> io::Result<GetxattrReply> {
-        self.inner.getxattr(ctx, inode, name, size.min(MAX_XATTR))
+        let name = xattrs::to_host(name)?;
+        self.inner.getxattr(ctx, inode, &name, size.min(MAX_XATTR))
     }
 
     fn listxattr(&self, ctx: &Context, inode: Inode, size: u32) -> io::Result<ListxattrReply> {
-        self.inner.listxattr(ctx, inode, size.min(MAX_XATTR))
+        // Whole, to know how long it is in the guest's names.
+        let list = match self.inner.listxattr(ctx, inode, MAX_XATTR)? {
+            ListxattrReply::Names(list) => xattrs::to_guest(&list),
+            count => return Ok(count),
+        };
+        let length = u32::try_from(list.len()).unwrap_or(u32::MAX);
+        match size {
+            0 => Ok(ListxattrReply::Count(length)),
+            size if size < length => Err(io::Error::from_raw_os_error(libc::ERANGE)),
+            _ => Ok(ListxattrReply::Names(list)),
+        }
     }
 
     fn removexattr(&self, ctx: &Context, inode: Inode, name: &CStr) -> io::Result<()> {
-        self.inner.removexattr(ctx, inode, name)
+        let name = xattrs::to_host(name)?;
+        self.inner.removexattr(ctx, inode, &name)
     }
 
     fn opendir(

@@ -19,6 +19,7 @@ mod sync;
 #[cfg(test)]
 mod tests;
 mod volumes;
+mod xattrs;
 
 pub use device::{FsDevice, FsError};
 

@@ -49,6 +49,13 @@ pub const PREPARING: [(u64, u32); 2] = [
     ),
 ];
 
+/// Offset and length of the register by which a driver acknowledges an interrupt. A write may take
+/// effect as late as the next access to any other register: see [`Interrupt`].
+pub const ACKNOWLEDGEMENT: (u64, u32) = between(
+    virtio_bindings::virtio_mmio::VIRTIO_MMIO_INTERRUPT_ACK,
+    virtio_bindings::virtio_mmio::VIRTIO_MMIO_INTERRUPT_ACK,
+);
+
 /// Offset and length in bytes of the registers from `first` to `last`.
 const fn between(first: u32, last: u32) -> (u64, u32) {
     (first as u64, last - first + size_of::<u32>() as u32)
@@ -228,7 +235,7 @@ impl MmioTransport {
                 .selected_queue()
                 .is_some_and(|queue| queue.ready)
                 .into(),
-            Register::InterruptStatus => self.interrupt.status(),
+            Register::InterruptStatus => self.interrupt.look(),
             Register::Status => self.driver.status.register(self.interrupt.reset_needed()),
             // §4.2.2.1: length -1 says that there is no such shared memory region.
             Register::SharedMemoryLengthLow

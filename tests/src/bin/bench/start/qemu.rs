@@ -24,7 +24,7 @@ const AGENT_LINE: &str = "bulkhead-agent:";
 
 /// Everything that this machine can leave out is left out; a serial port stays, since the guest's
 /// early console writes to one, as under Bulkhead.
-const MACHINE: &str = "microvm,accel=kvm,acpi=off,x-option-roms=off,pit=on,pic=on,rtc=off,\
+pub const MACHINE: &str = "microvm,accel=kvm,acpi=off,x-option-roms=off,pit=on,pic=on,rtc=off,\
     isa-serial=on,auto-kernel-cmdline=on";
 
 /// A QEMU that has just been let go. Dropping it kills it.
