@@ -149,7 +149,7 @@ impl Host<'_> {
             script,
             json!({
                 "Memory": 96 << 20,
-                "NanoCpus": 1_500_000_000u64,
+                "NanoCpus": 1_000_000_000u64,
                 "Binds": [format!("{}:/volume", volume.display()), "kept:/kept"],
                 "PortBindings": { "80/tcp": [{ "HostPort": HOST_PORT.to_string() }] },
             }),
@@ -198,7 +198,7 @@ impl Host<'_> {
             let script = "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max; nproc; \
                 cat /volume/note; echo from the guest >/volume/answer; echo kept >/kept/file";
             let seen = self.exec("web", script);
-            assert_eq!(seen, "100663296\n150000 100000\n2\nfrom the host\n");
+            assert_eq!(seen, "100663296\n100000 100000\n1\nfrom the host\n");
             let answer = self.containerd.folder().join("volume/answer");
             assert_eq!(std::fs::read_to_string(answer).unwrap(), "from the guest\n");
         });
