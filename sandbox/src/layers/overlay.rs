@@ -74,7 +74,7 @@ fn lower_layers(one: &RootfsMount) -> Result<Vec<&Path>, LayerError> {
     let lower = value("lowerdir=").unwrap_or_default();
     let layers: Vec<&Path> = lower.split(':').map(Path::new).collect();
     let plain = |layer: &&Path| layer.is_absolute() && is_plain(layer.as_os_str());
-    if !layers.iter().all(|layer| plain(layer)) {
+    if !layers.iter().all(plain) {
         return Err(LayerError::Unfit("its layers have no plain absolute paths"));
     }
     if layers.len() > MAX_LAYERS {
