@@ -192,10 +192,24 @@ fn attributes_that_are_the_hosts_alone_are_not_set() {
     fs::write(client.share.join("file"), "").unwrap();
     let node = client.lookup(ROOT, "file");
     let set = |name: &str| body().u32(1).u32(0).name(name).bytes(b"x");
-    // An overlay of the host's would take these for its own (CVE-2021-3493 is of that family).
-    for name in ["trusted.overlay.opaque", "trusted.overlay.redirect"] {
+    for name in ["trusted.other", "user.bulkhead.overlay.opaque"] {
         let result = client.send(SETXATTR, node, set(name));
         assert_eq!(result, Err(libc::EPERM), "{name}");
+    }
+    // An overlay of the host's would take these for its own (CVE-2021-3493 is of that family): they
+    // are kept under names that it doesn't know.
+    for name in ["trusted.overlay.opaque", "trusted.overlay.redirect"] {
+        client.ok(SETXATTR, node, set(name));
+        let file = client.share.join("file");
+        let attribute = |name: &str| {
+            let name = std::ffi::CString::new(name).unwrap();
+            let path = std::ffi::CString::new(file.as_os_str().as_encoded_bytes()).unwrap();
+            // SAFETY: two C strings, and no buffer to write to.
+            unsafe { libc::lgetxattr(path.as_ptr(), name.as_ptr(), std::ptr::null_mut(), 0) }
+        };
+        assert_eq!(attribute(name), -1, "{name}");
+        let kept = name.replace("trusted.", "user.bulkhead.");
+        assert_eq!(attribute(&kept), 1, "{kept}");
     }
 }
 
