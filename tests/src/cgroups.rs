@@ -69,6 +69,8 @@ pub fn remove_leftovers() {
 /// Removes the folders of this name, whose processes have ended, from every hierarchy.
 pub fn remove(name: &str) {
     folders(name).iter().for_each(|folder| remove_tree(folder));
+    // runc makes one in the hybrid layout's v2 tree, too.
+    remove_tree(&Path::new(MOUNT).join("unified").join(name));
 }
 
 /// A cgroup goes by rmdir, from the leaves upwards.
