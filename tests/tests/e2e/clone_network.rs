@@ -70,7 +70,7 @@ fn drawn_by(templates: &Templates<'_>, id: &str) -> Drawn {
         capabilities.push("CAP_NET_ADMIN".into());
     }
     pod.bundle.set_spec(&spec).unwrap();
-    install(&pod.bundle.path().join("rootfs"));
+    install(PROGRAM, &pod.bundle.path().join("rootfs"));
     let output = pod.run();
     assert_cloned(&pod.log());
     let values = |name: &str| -> Vec<u32> {
@@ -85,10 +85,11 @@ fn drawn_by(templates: &Templates<'_>, id: &str) -> Drawn {
     }
 }
 
-/// Copies the program and the libraries that it is linked with.
-fn install(rootfs: &Path) {
-    std::fs::copy(PROGRAM, rootfs.join("network-secrets")).unwrap();
-    let libraries = Command::new("ldd").arg(PROGRAM).output().unwrap();
+/// Copies a program to the root, and the libraries that it is linked with.
+pub fn install(program: &str, rootfs: &Path) {
+    let name = Path::new(program).file_name().unwrap();
+    std::fs::copy(program, rootfs.join(name)).unwrap();
+    let libraries = Command::new("ldd").arg(program).output().unwrap();
     let libraries = String::from_utf8(libraries.stdout).unwrap();
     for library in libraries
         .split_whitespace()

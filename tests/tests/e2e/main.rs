@@ -14,6 +14,7 @@ mod facts;
 mod file_systems;
 mod limits;
 mod memory;
+mod registers;
 mod resources;
 mod shim_codes;
 mod shim_refused;
@@ -173,6 +174,11 @@ const SCENARIOS: &[Scenario] = &[
         name: "templates-at-once",
         needs: Need::Guest,
         run: templates::at_once,
+    },
+    Scenario {
+        name: "registers",
+        needs: Need::Guest,
+        run: registers::run,
     },
     Scenario {
         name: "shim-task-v3",
