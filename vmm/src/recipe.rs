@@ -261,9 +261,6 @@ fn load_boot_state(
     registers::write_tables(memory)?;
     for (vcpu, _) in vcpus {
         registers::set_up(vcpu, entry).map_err(kvm_failed("setting boot registers"))?;
-        if shape.kvm == KvmKind::Emulated {
-            registers::limit_user_registers(vcpu).map_err(kvm_failed("KVM_SET_XCRS"))?;
-        }
     }
     Ok(())
 }

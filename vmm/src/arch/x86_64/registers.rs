@@ -3,7 +3,6 @@
 
 use kvm_bindings::{
     Msrs, kvm_dtable, kvm_fpu, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs,
-    kvm_xcrs,
 };
 use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
@@ -19,9 +18,6 @@ const CR4_PAE: u64 = 1 << 5;
 /// EFER: long mode enabled and active.
 const EFER_LME: u64 = 1 << 8;
 const EFER_LMA: u64 = 1 << 10;
-/// XCR0 (Intel SDM 1, "Enabling the XSAVE feature set"): registers that user mode may use.
-const XCR0_X87: u64 = 1;
-const XCR0_SSE: u64 = 1 << 1;
 /// RFLAGS: the bit that is always set.
 const RFLAGS_RESERVED: u64 = 1 << 1;
 /// Page table entry bits: present, writable, 2 MiB page.
@@ -97,21 +93,6 @@ pub fn set_up(vcpu: &VcpuFd, entry: GuestAddress) -> Result<(), kvm_ioctls::Erro
     vcpu.set_sregs(&sregs)?;
     set_msrs(vcpu)?;
     route_local_interrupts(vcpu)
-}
-
-/// Leaves user mode the registers that FXSAVE saves (x87 and SSE) and no others, once the guest's
-/// kernel has set CR4.OSXSAVE: for kernels that can't use XSAVE, as kernel mode is emulated, while
-/// user mode runs on a CPU that has more (patch 0044 of the guest kernel). `vcpu` has its CPUID.
-///
-/// # Errors
-/// When KVM refuses.
-pub fn limit_user_registers(vcpu: &VcpuFd) -> Result<(), kvm_ioctls::Error> {
-    let mut registers = kvm_xcrs {
-        nr_xcrs: 1,
-        ..Default::default()
-    };
-    registers.xcrs[0].value = XCR0_X87 | XCR0_SSE;
-    vcpu.set_xcrs(&registers)
 }
 
 fn enter_long_mode(sregs: &mut kvm_sregs) {
