@@ -178,7 +178,12 @@ const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "registers",
         needs: Need::Guest,
-        run: registers::run,
+        run: registers::listed,
+    },
+    Scenario {
+        name: "registers-seen",
+        needs: Need::SavedRegisters,
+        run: registers::seen,
     },
     Scenario {
         name: "shim-task-v3",
