@@ -290,7 +290,7 @@ mod tests {
         // The write end of each pipe goes to the server; its read end tells when that is closed.
         for (line, count) in [
             ("{\"request\":\"save_template\"}\n", 2),
-            ("{\"request\":\"pause\"}\n", 9),
+            ("{\"request\":\"pause\"}\n", MAX_REQUEST_DESCRIPTORS + 1),
             ("nonsense\n", 2),
             ("{\"request\":\"stop\"}\n", 0),
         ] {
