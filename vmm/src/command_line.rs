@@ -1,7 +1,7 @@
 //! The guest kernel's command line. What each parameter is for is written down in
 //! `guest-kernel/README.md`.
 
-use bulkhead_proto::guest::{AGENT_PATH, EMULATED_SWITCH};
+use bulkhead_proto::guest::{AGENT_PATH, EMULATED_SWITCH, NO_AVX};
 use bulkhead_proto::vmm::KvmKind;
 use thiserror::Error;
 
@@ -73,6 +73,8 @@ pub fn build(
     words.push(format!("init={AGENT_PATH}"));
     if kind == KvmKind::Emulated {
         words.extend(EMULATED.iter().map(|word| word.to_string()));
+        // What the kernel doesn't know goes into the agent's environment.
+        words.push(format!("{}={}", NO_AVX.0, NO_AVX.1));
     }
     if verbose {
         words.push("console=hvc0".into());
