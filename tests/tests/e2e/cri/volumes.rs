@@ -180,18 +180,6 @@ fn met(checks: &mut Checks, client: &Client, (one, two): (&str, &str)) {
         client.shell(two, &until("grep -q 'from two' /empty/messages"));
         client.shell(one, "killall syslogd");
     });
-    checks.check(
-        "a lock that one container has, the other one can't take",
-        || {
-            let hold = "setsid flock /empty/lock sleep 100000 </dev/null >/dev/null 2>&1 &";
-            client.shell(one, hold);
-            client.shell(
-                two,
-                &until("[ -e /empty/lock ] && ! flock -n /empty/lock true"),
-            );
-            client.shell(one, "killall sleep 2>/dev/null; true");
-        },
-    );
 }
 
 fn updated(checks: &mut Checks, client: &Client, volumes: &Volumes, one: &str) {
