@@ -46,13 +46,19 @@ pub fn run(flags: &Flags) -> Result<(), DaemonError> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    let result = runtime.block_on(serve(flags, listener));
-    if let Some(socket) = socket {
-        let _ = std::fs::remove_file(socket);
+    let result = runtime.block_on(serve(flags, listener, socket.as_deref()));
+    if result.is_err() {
+        remove(socket.as_deref());
     }
     // Blocking work that can't be waited for, a hook that hangs, must not keep the shim.
     runtime.shutdown_timeout(LAST_ANSWERS);
     result
+}
+
+fn remove(socket: Option<&Path>) {
+    if let Some(socket) = socket {
+        let _ = std::fs::remove_file(socket);
+    }
 }
 
 /// glibc gives threads heaps of their own, up to eight for each core, and each keeps some of what it
@@ -65,7 +71,11 @@ fn share_heap() {
     }
 }
 
-async fn serve(flags: &Flags, listener: UnixListener) -> Result<(), DaemonError> {
+async fn serve(
+    flags: &Flags,
+    listener: UnixListener,
+    socket: Option<&Path>,
+) -> Result<(), DaemonError> {
     let id = SandboxId::try_from(flags.id.as_str())?;
     let namespace = Namespace::try_from(flags.namespace.as_str())?;
     let (notifications, events) = mpsc::unbounded_channel();
@@ -84,6 +94,9 @@ async fn serve(flags: &Flags, listener: UnixListener) -> Result<(), DaemonError>
     told_to_leave(&leave).await?;
 
     tracing::info!("leaving");
+    // At once: a container of the same name may be started by now, whose shim must not be this one,
+    // and from then on the path is the next one's.
+    remove(socket);
     if let Err(error) = sandbox.stop().await {
         tracing::error!(%error, "something of the sandbox is left");
     }
