@@ -83,14 +83,9 @@ pub const POD_PID_NAMESPACE: &str = "/run/bulkhead/pod/pid";
 /// (`guest-kernel/README.md`).
 pub const EMULATED_SWITCH: &str = "bulkhead.emulated_ring0";
 
-/// Variable of the environment that keeps glibc's functions from AVX (glibc's manual, Hardware
-/// Capability Tunables). Where kernel mode is emulated the agent gets it by the kernel's command line,
-/// and hands it to containers' processes if they would see AVX, which nobody saves there
-/// (`guest-kernel/README.md`, What programs see of the CPU).
-pub const NO_AVX: (&str, &str) = (
-    "GLIBC_TUNABLES",
-    "glibc.cpu.hwcaps=-AVX2,-AVX512F,-AVX512VL,-AVX512BW,-AVX_Fast_Unaligned_Load",
-);
+/// Word on the kernel's command line that says at which port the VMM saves and loads extended
+/// registers for it (`guest-kernel/README.md`, What programs see of the CPU).
+pub const XSTATE_SWITCH: &str = "bulkhead.xstate_port";
 
 /// Where kernel mode is emulated: the least number of TCP segments that are left to the device in one
 /// frame, and the file of the network namespace that takes it. Linux sizes frames by what a connection

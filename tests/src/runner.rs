@@ -45,8 +45,6 @@ pub enum Need {
     PodsOnCurrentContainerd,
     /// A guest, a current containerd, and a Docker daemon.
     Docker,
-    /// A guest whose kernel saves all registers that programs see.
-    SavedRegisters,
     /// A guest, and public programs that test file systems.
     FileSystemPrograms,
 }

@@ -1,12 +1,13 @@
 //! The guest kernel's command line. What each parameter is for is written down in
 //! `guest-kernel/README.md`.
 
-use bulkhead_proto::guest::{AGENT_PATH, EMULATED_SWITCH, NO_AVX};
+use bulkhead_proto::guest::{AGENT_PATH, EMULATED_SWITCH, XSTATE_SWITCH};
 use bulkhead_proto::vmm::KvmKind;
 use thiserror::Error;
 
 use crate::arch::x86_64::layout::{COMMAND_LINE_MAX, FIRST_DEVICE_IRQ, MMIO_BASE};
 use crate::virtio::mmio::MMIO_SIZE;
+use crate::xstate::FIRST_PORT;
 
 /// On every host.
 const ALWAYS: &[&str] = &[
@@ -46,18 +47,33 @@ pub enum CommandLineError {
     },
 }
 
-/// Builds the command line for `devices` virtio-mmio windows; with `hotplug` one of them is the
-/// memory device's.
+/// What the command line depends on.
+#[derive(Debug, Clone, Copy)]
+pub struct Words {
+    /// How KVM runs guest kernel mode.
+    pub kind: KvmKind,
+    /// The VMM saves extended registers for the kernel.
+    pub xstate: bool,
+    /// Number of virtio-mmio windows.
+    pub devices: usize,
+    /// Everything that the kernel says goes to a console.
+    pub verbose: bool,
+    /// One of the devices is the memory device.
+    pub hotplug: bool,
+}
+
+/// Builds the command line, with the words of `extra` at its end.
 ///
 /// # Errors
 /// When one of `extra` is malformed or the line gets too long.
-pub fn build(
-    kind: KvmKind,
-    devices: usize,
-    verbose: bool,
-    hotplug: bool,
-    extra: &[String],
-) -> Result<String, CommandLineError> {
+pub fn build(words: Words, extra: &[String]) -> Result<String, CommandLineError> {
+    let Words {
+        kind,
+        xstate,
+        devices,
+        verbose,
+        hotplug,
+    } = words;
     if let Some(parameter) = extra
         .iter()
         .find(|parameter| parameter.is_empty() || !parameter.bytes().all(|b| b.is_ascii_graphic()))
@@ -73,8 +89,9 @@ pub fn build(
     words.push(format!("init={AGENT_PATH}"));
     if kind == KvmKind::Emulated {
         words.extend(EMULATED.iter().map(|word| word.to_string()));
-        // What the kernel doesn't know goes into the agent's environment.
-        words.push(format!("{}={}", NO_AVX.0, NO_AVX.1));
+    }
+    if xstate {
+        words.push(format!("{XSTATE_SWITCH}={FIRST_PORT:#x}"));
     }
     if verbose {
         words.push("console=hvc0".into());
@@ -102,36 +119,51 @@ pub fn build(
 mod tests {
     use super::*;
 
+    fn words(kind: KvmKind) -> Words {
+        Words {
+            kind,
+            xstate: false,
+            devices: 1,
+            verbose: false,
+            hotplug: false,
+        }
+    }
+
     #[test]
     fn each_device_is_named_with_its_window_and_line() {
-        let line = build(KvmKind::Vmx, 2, false, true, &["debug".into()]).unwrap();
+        let words = Words {
+            devices: 2,
+            hotplug: true,
+            ..words(KvmKind::Vmx)
+        };
+        let line = build(words, &["debug".into()]).unwrap();
         assert!(line.contains("virtio_mmio.device=4K@0xd0000000:5 "));
         assert!(line.contains("virtio_mmio.device=4K@0xd0001000:6 "));
         assert!(line.ends_with(" debug"));
-        assert!(!line.contains("emulated"));
+        assert!(!line.contains("bulkhead."));
         assert!(line.contains(HOTPLUG));
     }
 
     #[test]
-    fn an_emulated_host_gets_its_switch() {
-        let line = build(KvmKind::Emulated, 1, false, false, &[]).unwrap();
-        assert!(line.contains("bulkhead.emulated_ring0"));
+    fn an_emulated_host_gets_its_switches() {
+        let emulated = words(KvmKind::Emulated);
+        let line = build(emulated, &[]).unwrap();
+        assert!(line.contains(EMULATED_SWITCH));
+        assert!(!line.contains(XSTATE_SWITCH));
         assert!(!line.contains(HOTPLUG));
+        let xstate = Words {
+            xstate: true,
+            ..emulated
+        };
+        let line = build(xstate, &[]).unwrap();
+        assert!(line.contains(" bulkhead.xstate_port=0x5c0 "));
     }
 
     #[test]
     fn bad_parameters_are_refused() {
-        assert!(build(KvmKind::Vmx, 1, false, false, &["a b".into()]).is_err());
-        assert!(build(KvmKind::Vmx, 1, false, false, &[String::new()]).is_err());
-        assert!(
-            build(
-                KvmKind::Vmx,
-                1,
-                false,
-                false,
-                &["x".repeat(COMMAND_LINE_MAX)]
-            )
-            .is_err()
-        );
+        let refused = |extra: String| build(words(KvmKind::Vmx), &[extra]).is_err();
+        assert!(refused("a b".into()));
+        assert!(refused(String::new()));
+        assert!(refused("x".repeat(COMMAND_LINE_MAX)));
     }
 }

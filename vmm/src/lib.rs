@@ -26,3 +26,4 @@ pub mod spares;
 pub mod vcpu;
 pub mod virtio;
 pub mod wiring;
+pub mod xstate;

@@ -13,7 +13,7 @@ use vm_memory::GuestMemoryMmap;
 use crate::arch::x86_64::{boot_params, cpuid, layout, mptable, registers};
 use crate::bus::Bus;
 use crate::coalesced::GatheredWrites;
-use crate::command_line::{self, CommandLineError};
+use crate::command_line::{self, CommandLineError, Words};
 use crate::config::Resources;
 use crate::devices::{self, DeviceContext, Devices, DevicesError, Loops};
 use crate::events::EventSink;
@@ -28,6 +28,7 @@ use crate::snapshot::{HostKvm, Refused, Shape, Template};
 use crate::spares::Spares;
 use crate::vcpu::{VcpuContext, Vcpus};
 use crate::virtio::console::ConsoleLog;
+use crate::xstate::{self, XstateLayout};
 
 /// Why a machine could not be built.
 #[derive(Debug, Error)]
@@ -105,7 +106,13 @@ pub(crate) fn build(
 
     check_kvm(&resources.kvm)?;
     let host = HostKvm::of(&resources.kvm).map_err(system_failed("asking KVM what it is"))?;
-    let shape = shape_of(&resources, kvm_kind(&resources, &host, template.as_ref())?)?;
+    let kind = kvm_kind(&resources, &host, template.as_ref())?;
+    let supported = resources
+        .kvm
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(kvm_failed("KVM_GET_SUPPORTED_CPUID"))?;
+    let xstate = xstate_layout(&resources, kind, &supported);
+    let shape = shape_of(&resources, kind, xstate.is_some())?;
     let memory = Memory::allocate(resources.memory_bytes, resources.hotplug_region)?;
     let start = match template {
         None => Start::Boot(resources.kernel),
@@ -116,7 +123,7 @@ pub(crate) fn build(
         }
     };
     let vm = Arc::new(create_vm(&resources.kvm, &memory.boot)?);
-    let vcpus = create_vcpus(&resources.kvm, &vm, &shape)?;
+    let vcpus = create_vcpus(&resources.kvm, &vm, &shape, &supported)?;
 
     let console = Arc::new(Mutex::new(ConsoleLog::new(
         resources.console_log,
@@ -148,7 +155,7 @@ pub(crate) fn build(
 
     let ended = Ended::new().map_err(system_failed("creating an event descriptor"))?;
     let (vcpus, cpuids) = vcpus.into_iter().unzip();
-    let vcpus = start_vcpus(vcpus, &bus, &memory.whole, &ended, &on_start)?;
+    let vcpus = start_vcpus(vcpus, xstate, &bus, &memory.whole, &ended, &on_start)?;
     devices.count_exits(vcpus.exits());
     let spares = Spares::new(
         Arc::clone(&vm),
@@ -191,13 +198,33 @@ fn kvm_kind(
     Ok(findings.kvm)
 }
 
+/// How this host lays out extended registers, if the guest's kernel has to have them saved for it.
+fn xstate_layout(
+    resources: &Resources,
+    kind: KvmKind,
+    supported: &CpuId,
+) -> Option<Arc<XstateLayout>> {
+    let end = layout::hotplug_start(resources.memory_bytes).0 + resources.hotplug_region;
+    if kind != KvmKind::Emulated || end > xstate::ADDRESS_LIMIT {
+        return None;
+    }
+    XstateLayout::of_host(&resources.kvm, supported).map(Arc::new)
+}
+
 /// What the guest is told of the machine.
-fn shape_of(resources: &Resources, kvm: KvmKind) -> Result<Shape, BuildError> {
+fn shape_of(resources: &Resources, kvm: KvmKind, xstate: bool) -> Result<Shape, BuildError> {
     let share = resources.share.is_some();
     let verbose = resources.console_verbose;
     let hotplug = resources.hotplug_region != 0;
     let devices = devices::count(resources.block.len(), share, verbose, hotplug);
-    let line = command_line::build(kvm, devices, verbose, hotplug, &resources.kernel_params)?;
+    let words = Words {
+        kind: kvm,
+        xstate,
+        devices,
+        verbose,
+        hotplug,
+    };
+    let line = command_line::build(words, &resources.kernel_params)?;
     tracing::debug!(line, "guest kernel command line");
     Ok(Shape {
         vcpus: resources.vcpus,
@@ -214,6 +241,7 @@ fn shape_of(resources: &Resources, kvm: KvmKind) -> Result<Shape, BuildError> {
 
 fn start_vcpus(
     vcpus: Vec<VcpuFd>,
+    xstate: Option<Arc<XstateLayout>>,
     bus: &Arc<Bus>,
     memory: &GuestMemoryMmap,
     ended: &Ended,
@@ -232,6 +260,7 @@ fn start_vcpus(
         bus: Arc::clone(bus),
         gathered,
         memory: memory.clone(),
+        xstate,
         on_end,
         on_start: Arc::clone(on_start),
     };
@@ -331,17 +360,19 @@ fn random_seed() -> std::io::Result<[u8; boot_params::SEED_LEN]> {
 }
 
 /// The vCPUs, each with the CPUID that it was given.
-fn create_vcpus(kvm: &Kvm, vm: &VmFd, shape: &Shape) -> Result<Vec<(VcpuFd, CpuId)>, BuildError> {
-    let supported = kvm
-        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-        .map_err(kvm_failed("KVM_GET_SUPPORTED_CPUID"))?;
+fn create_vcpus(
+    kvm: &Kvm,
+    vm: &VmFd,
+    shape: &Shape,
+    supported: &CpuId,
+) -> Result<Vec<(VcpuFd, CpuId)>, BuildError> {
     let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
     (0..shape.vcpus)
         .map(|index| {
             let vcpu = vm
                 .create_vcpu(u64::from(index))
                 .map_err(kvm_failed("KVM_CREATE_VCPU"))?;
-            let cpuid = cpuid::for_vcpu(&supported, shape.kvm, tsc_deadline, index, shape.vcpus);
+            let cpuid = cpuid::for_vcpu(supported, shape.kvm, tsc_deadline, index, shape.vcpus);
             vcpu.set_cpuid2(&cpuid)
                 .map_err(kvm_failed("KVM_SET_CPUID2"))?;
             Ok((vcpu, cpuid))

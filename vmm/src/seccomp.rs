@@ -168,6 +168,12 @@ const FILE_SERVER: &[i64] = &[
 const KVM_RUN: u64 = 0xae80;
 const KVM_GET_REGS: u64 = 0x8090_ae81;
 const KVM_TRANSLATE: u64 = 0xc018_ae85;
+/// Also of vCPU threads, where they save and load extended registers for the guest's kernel. That
+/// changes nothing but their own vCPU's registers.
+const KVM_GET_XSAVE: u64 = 0x9000_aea4;
+const KVM_SET_XSAVE: u64 = 0x5000_aea5;
+const KVM_GET_XCRS: u64 = 0x8188_aea6;
+const KVM_SET_XCRS: u64 = 0x4188_aea7;
 /// ioctls of the main thread, which reads the state of paused vCPUs and of the VM for a template.
 /// None of them sets anything.
 const SAVE: &[u64] = &[
@@ -184,8 +190,8 @@ const SAVE: &[u64] = &[
     0x8040_ae9f, // KVM_GET_VCPU_EVENTS
     0x8080_aea1, // KVM_GET_DEBUGREGS
     0xaea3,      // KVM_GET_TSC_KHZ
-    0x9000_aea4, // KVM_GET_XSAVE
-    0x8188_aea6, // KVM_GET_XCRS
+    KVM_GET_XSAVE,
+    KVM_GET_XCRS,
 ];
 /// ioctls of the main thread, which connects and disconnects plugged devices: it can give the guest
 /// interrupts, and have KVM tell it of writes to addresses.
@@ -245,7 +251,18 @@ impl Filters {
 fn compile(kind: ThreadKind) -> Result<BpfProgram, seccompiler::BackendError> {
     let (calls, ioctls): (&[i64], Vec<u64>) = match kind {
         ThreadKind::Main => (MAIN, [&[FIONBIO], SAVE, PLUG, &vhost::plug()].concat()),
-        ThreadKind::Vcpu => (VCPU, vec![KVM_RUN, KVM_GET_REGS, KVM_TRANSLATE]),
+        ThreadKind::Vcpu => (
+            VCPU,
+            vec![
+                KVM_RUN,
+                KVM_GET_XSAVE,
+                KVM_SET_XSAVE,
+                KVM_GET_XCRS,
+                KVM_SET_XCRS,
+                KVM_GET_REGS,
+                KVM_TRANSLATE,
+            ],
+        ),
         ThreadKind::Events => (
             EVENTS,
             [

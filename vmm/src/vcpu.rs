@@ -22,6 +22,7 @@ use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 use crate::bus::{Bus, PortEffect};
 use crate::coalesced::GatheredWrites;
 use crate::seccomp::{ThreadKind, ThreadStart};
+use crate::xstate::{Xstate, XstateLayout, XstateRequest};
 
 /// Bytes of the instruction that are reported when KVM gives up; no x86 instruction is longer.
 const MAX_INSTRUCTION: usize = 15;
@@ -115,8 +116,10 @@ pub struct VcpuContext {
     pub bus: Arc<Bus>,
     /// Writes to device windows that came without an exit.
     pub gathered: GatheredWrites,
-    /// For reading the instruction that KVM gave up on.
+    /// For the areas of extended registers, and for reading the instruction that KVM gave up on.
     pub memory: GuestMemoryMmap,
+    /// If the VMM saves and loads extended registers for the guest's kernel.
+    pub xstate: Option<Arc<XstateLayout>>,
     /// Told once when a thread ends by itself.
     pub on_end: Arc<dyn Fn(VcpuEnd) + Send + Sync>,
     /// Run first in each thread.
@@ -158,6 +161,7 @@ impl Vcpus {
                 index: index as u8,
                 fd: Arc::clone(fd),
                 io_pending: false,
+                xstate: context.xstate.clone().map(Xstate::new),
                 context: Arc::clone(&context),
                 exits: Arc::clone(&this.exits),
             };
@@ -233,6 +237,7 @@ struct Vcpu {
     fd: Arc<Mutex<VcpuFd>>,
     /// The last exit's port or window access is only complete after the next KVM_RUN.
     io_pending: bool,
+    xstate: Option<Xstate>,
     context: Arc<VcpuContext>,
     exits: Arc<AtomicU64>,
 }
@@ -302,10 +307,20 @@ impl Vcpu {
                 bus.port_in(port, data);
                 return None;
             }
-            Ok(VcpuExit::IoOut(port, data)) => match bus.port_out(port, data) {
-                PortEffect::None => return None,
-                PortEffect::Reset => return Some(VcpuEnd::Reset),
-            },
+            Ok(VcpuExit::IoOut(port, data)) => {
+                match (&mut self.xstate, XstateRequest::of(port, data)) {
+                    (Some(xstate), Some(request)) => {
+                        match xstate.serve(&fd, &self.context.memory, request) {
+                            Ok(()) => return None,
+                            Err(error) => error.to_string(),
+                        }
+                    }
+                    _ => match bus.port_out(port, data) {
+                        PortEffect::None => return None,
+                        PortEffect::Reset => return Some(VcpuEnd::Reset),
+                    },
+                }
+            }
             Ok(VcpuExit::Shutdown | VcpuExit::SystemEvent(..)) => return Some(VcpuEnd::Reset),
             Ok(VcpuExit::Hlt | VcpuExit::Intr) => return None,
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => return None,

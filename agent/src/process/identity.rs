@@ -3,7 +3,6 @@
 use super::plan::ProcessPlan;
 use crate::error::{Context, Failure, Kind};
 use crate::init::lower_descriptor_limit;
-use bulkhead_proto::guest::NO_AVX;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::process::Resource;
@@ -102,27 +101,7 @@ pub fn environment(plan: &ProcessPlan) -> Vec<CString> {
         let home = home_of(plan.uid).unwrap_or_else(|| "/".to_owned());
         env.push(CString::new(format!("HOME={home}")).unwrap_or_default());
     }
-    let (name, value) = NO_AVX;
-    if sees_unsaved_registers() && !env.iter().any(|entry| is_named(entry, name)) {
-        env.push(CString::new(format!("{name}={value}")).unwrap_or_default());
-    }
     env
-}
-
-/// Whether programs are told of registers that the guest's kernel doesn't save: it says by the
-/// agent's environment that it uses no XSAVE, and the CPU that somebody does.
-fn sees_unsaved_registers() -> bool {
-    /// CPUID leaf 1, ECX: the operating system has set CR4.OSXSAVE.
-    const OSXSAVE: u32 = 1 << 27;
-    // SAFETY: every x86-64 CPU has the instruction. (Older compilers ask for the block.)
-    #[allow(unused_unsafe)]
-    let ecx = unsafe { std::arch::x86_64::__cpuid(1) }.ecx;
-    std::env::var_os(NO_AVX.0).is_some() && ecx & OSXSAVE != 0
-}
-
-fn is_named(entry: &CString, name: &str) -> bool {
-    let rest = entry.to_bytes().strip_prefix(name.as_bytes());
-    rest.is_some_and(|rest| rest.first() == Some(&b'='))
 }
 
 fn home_of(uid: u32) -> Option<String> {

@@ -42,7 +42,6 @@ pub struct Obstacles {
     docker: Option<String>,
     vhost: Option<String>,
     ipvlan: Option<String>,
-    registers: Option<String>,
 }
 
 impl Obstacles {
@@ -70,7 +69,6 @@ impl Obstacles {
             vhost: (!std::path::Path::new("/dev/vhost-net").exists())
                 .then(|| "no /dev/vhost-net here; see scripts/dev test --svm".to_owned()),
             ipvlan: probe_ipvlan().err(),
-            registers: unsaved_registers(),
             docker: docker::programs()
                 .is_none()
                 .then(|| "no Docker daemon: it takes Go's toolchain to build it".to_owned()),
@@ -94,7 +92,6 @@ impl Obstacles {
                     None => Some("pjdfstest and fsx could not be built".into()),
                 })
             }
-            Need::SavedRegisters => guest().or_else(|| self.registers.clone()),
             Need::Pods => guest().or_else(|| self.pods.clone()),
             Need::Docker => guest()
                 .or_else(|| self.containerd.clone())
@@ -107,21 +104,6 @@ impl Obstacles {
                 .or_else(|| self.pods.clone()),
         }
     }
-}
-
-/// Why programs in guests see registers of the CPU that a guest's kernel can't save, if they do:
-/// without VMX and SVM they run on the CPU, whose CPUID no VMM can change unless it can be made to
-/// trap.
-fn unsaved_registers() -> Option<String> {
-    let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let flags = cpu.lines().find(|line| line.starts_with("flags"))?;
-    let has = |flag: &str| flags.split_whitespace().any(|word| word == flag);
-    let seen = has("avx") && !["vmx", "svm", "cpuid_fault"].into_iter().any(has);
-    seen.then(|| {
-        "a KNOWN FAULT on this kind of host: programs see AVX, which a guest's kernel doesn't save \
-         here; see guest-kernel/README.md, What programs see of the CPU"
-            .to_owned()
-    })
 }
 
 /// Whether there are tap devices.

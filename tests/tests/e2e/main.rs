@@ -178,12 +178,7 @@ const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "registers",
         needs: Need::Guest,
-        run: registers::listed,
-    },
-    Scenario {
-        name: "registers-seen",
-        needs: Need::SavedRegisters,
-        run: registers::seen,
+        run: registers::registers,
     },
     Scenario {
         name: "shim-task-v3",

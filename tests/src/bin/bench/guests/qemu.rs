@@ -2,7 +2,7 @@
 
 use super::{Card, DATA_SERIAL, Devices, MAC, MEMORY_MIB, Monitor, Room, ended, tail};
 use crate::hold;
-use crate::start::qemu::{MACHINE, PROGRAM};
+use crate::start::qemu::{MACHINE, PROGRAM, kernel_command_line};
 use bulkhead_bench_guest::SERIAL;
 use bulkhead_proto::guest::SHARE_TAG;
 use bulkhead_tests::error::{Context, Error, Result};
@@ -129,8 +129,7 @@ fn serve_files(file: &Path, folder: &Path) -> Result<Process> {
 }
 
 fn command(room: &Room, devices: &Devices, control: &Path, folder: &Path) -> Result<Command> {
-    let words = bulkhead_vmm::command_line::build(room.kvm, 0, false, false, &[]);
-    let words = words.map_err(|error| Error::Unexpected(error.to_string()))?;
+    let words = kernel_command_line(room.kvm)?;
     let mut command = Command::new(PROGRAM);
     command
         .args(["-nodefaults", "-no-user-config", "-no-reboot"])
