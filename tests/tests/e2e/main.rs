@@ -178,7 +178,12 @@ const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "registers",
         needs: Need::Guest,
-        run: registers::registers,
+        run: registers::on_one_cpu,
+    },
+    Scenario {
+        name: "registers-2-cpus",
+        needs: Need::Guest,
+        run: registers::on_two_cpus,
     },
     Scenario {
         name: "shim-task-v3",

@@ -25,12 +25,22 @@ const THROUGH: [(&str, &str); 5] = [
     ("ptrace", "a tracer reads and writes vector registers"),
 ];
 
-/// The program's findings, one by one.
-pub fn registers(checks: &mut Checks, artifacts: &Artifacts) {
-    let bundle = Bundle::new(artifacts, "registers", "").unwrap();
+/// On a single CPU, where a kernel may save registers late.
+pub fn on_one_cpu(checks: &mut Checks, artifacts: &Artifacts) {
+    kept(checks, artifacts, 1);
+}
+
+/// On two, where a thread may go on elsewhere.
+pub fn on_two_cpus(checks: &mut Checks, artifacts: &Artifacts) {
+    kept(checks, artifacts, 2);
+}
+
+/// The program's findings, one by one, beside processes that begin and end.
+fn kept(checks: &mut Checks, artifacts: &Artifacts, vcpus: u8) {
+    let bundle = Bundle::new(artifacts, "registers", &format!("vcpus = {vcpus}\n")).unwrap();
     install(PROGRAM, &bundle.path().join("rootfs"));
     bundle
-        .set_spec(&spec(&["sh", "-c", "sleep 100000; true"]))
+        .set_spec(&spec(&["sh", "-c", "while :; do ls /; done"]))
         .unwrap();
     let Some(shim) = checks.require("a container that runs", || {
         let shim = bundle.start().unwrap();
