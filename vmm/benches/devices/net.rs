@@ -25,6 +25,11 @@ const FRAMES: u64 = 0x10_0000;
 /// Distance of frames in guest memory.
 const FRAME_ROOM: u64 = 0x1_1000;
 const BUFFERS: u64 = 0x100_0000;
+/// Descriptors of a queue.
+const QUEUE: u16 = 256;
+/// Receive buffers that stay with the device: with segmentation left to it, it takes no frame before
+/// there is room for the longest one (virtio 1.3 §5.1.6.3.1).
+const RESERVE: u16 = 32;
 /// Bytes that the sockets hold.
 const SOCKET: usize = 4 << 20;
 
@@ -35,6 +40,8 @@ struct Card {
     line: Line,
     peer: OwnedFd,
     frame: Vec<u8>,
+    /// Receive buffers given so far.
+    given: u64,
     _device: NetDevice,
     _events: EventLoop,
 }
@@ -60,8 +67,8 @@ impl Card {
         };
         let (mut device, _) = NetDevice::new(config, vec![tap], events.handle())
             .expect("a device with one pair of queues");
-        let receive = DriverQueue::at(&mem, 256, 0x1000);
-        let transmit = DriverQueue::at(&mem, 256, 0x4000);
+        let receive = DriverQueue::at(&mem, QUEUE, 0x1000);
+        let transmit = DriverQueue::at(&mem, QUEUE, 0x4000);
         let features = [
             ids::VIRTIO_NET_F_MRG_RXBUF,
             ids::VIRTIO_NET_F_GUEST_CSUM,
@@ -70,15 +77,27 @@ impl Card {
         let features = features.iter().fold(0, |all, bit| all | 1 << bit);
         let (activation, line) = Line::activation(&mem, &[&receive, &transmit], features);
         device.activate(activation).expect("the loop runs");
-        Self {
+        let mut card = Self {
             mem,
             receive,
             transmit,
             line,
             peer,
             frame: vec![0; 0x1_2000],
+            given: 0,
             _device: device,
             _events: events,
+        };
+        card.give(RESERVE);
+        card
+    }
+
+    /// Receive buffers for the device.
+    fn give(&mut self, count: u16) {
+        for _ in 0..count {
+            let at = BUFFERS + self.given % u64::from(QUEUE) * u64::from(BUFFER);
+            self.receive.add(&[Desc::writable(at, BUFFER)]);
+            self.given += 1;
         }
     }
 
@@ -106,10 +125,7 @@ impl Card {
     /// The same from the network to the guest.
     fn receive(&mut self, len: usize, depth: u16) {
         let buffers = (HEADER + len).div_ceil(BUFFER as usize) as u16 * depth;
-        for index in 0..u64::from(buffers) {
-            let at = BUFFERS + index * u64::from(BUFFER);
-            self.receive.add(&[Desc::writable(at, BUFFER)]);
-        }
+        self.give(buffers);
         self.receive.kick();
         let frame = &mut self.frame[..HEADER + len];
         frame[..HEADER].fill(0);

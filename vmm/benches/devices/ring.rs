@@ -10,6 +10,9 @@ use vmm_sys_util::eventfd::EventFd;
 /// Bytes of guest memory.
 const MEMORY: usize = 64 << 20;
 
+/// How long a device may take for a batch, in milliseconds.
+const PATIENCE: u16 = 10_000;
+
 /// Fresh guest memory.
 pub fn memory() -> GuestMemoryMmap {
     GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).expect("memory can be mapped")
@@ -43,11 +46,16 @@ impl Line {
     }
 
     /// An interrupt that came before is noticed, too.
+    ///
+    /// # Panics
+    /// When none comes for ten seconds: the device is stuck.
     fn wait(&self) {
         // SAFETY: the descriptor lives as long as `self`.
         let line = unsafe { BorrowedFd::borrow_raw(self.0.as_raw_fd()) };
         let mut wanted = [PollFd::new(line, PollFlags::POLLIN)];
-        poll(&mut wanted, PollTimeout::NONE).expect("polling an event descriptor");
+        let ready =
+            poll(&mut wanted, PollTimeout::from(PATIENCE)).expect("polling an event descriptor");
+        assert!(ready > 0, "the device has raised no interrupt");
         let _ = self.0.read();
     }
 }
