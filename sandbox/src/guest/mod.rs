@@ -3,85 +3,31 @@
 //! The agent is in the guest's hands. Its answers are bounded (ttrpc's 4 MiB frames), waited for
 //! with a limit, and nothing in them is used as a path or a pid on the host.
 
-use crate::Kind;
-use crate::folder::short_path;
+mod dial;
+mod error;
+mod streams;
+
+pub use error::AgentError;
+pub(crate) use streams::streams;
+
 use crate::ids::{ContainerId, ExecId, ProcessId};
 use crate::pace::Pace;
 use crate::process::ExitStatus;
 use crate::template::identify;
 use crate::vmm::{SharedVmm, VmEnd};
-use bulkhead_proto::agent::{self, AgentClient, Streams};
-use bulkhead_proto::guest::{
-    AGENT_PORT, FORWARD_OPEN, FORWARD_PORT, RESOLVER, RESOLVER_ADDRESS, STREAM_PORT,
-};
+use bulkhead_proto::agent::{self, AgentClient};
+use bulkhead_proto::guest::AGENT_PORT;
 use bulkhead_proto::vmm::PluggedSlot;
+use dial::{END_AFTER_BREAK, VsockSocket, dial};
+use error::{AgentResult, kind_of};
 use std::fs::File;
-use std::io;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::time::{Duration, SystemTime};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::UnixStream;
 use tokio::time::{Instant, timeout};
 use ttrpc::context::{self, Context};
 
-/// Longest answer to CONNECT: "OK ", a port, a newline.
-const MAX_ANSWER: usize = 32;
-
-/// How long the VMM's end may come after the connection's.
-const END_AFTER_BREAK: Duration = Duration::from_secs(3);
-
 /// How far the guest's clock may be from the host's before the host's is taken instead.
 const CLOCK_TOLERANCE: Duration = Duration::from_secs(60);
-
-/// A call to the agent that failed.
-#[derive(Debug, Clone, thiserror::Error)]
-pub enum AgentError {
-    /// The agent refused.
-    #[error("{message}")]
-    Refused {
-        /// What kind of refusal.
-        kind: Kind,
-        /// The agent's message.
-        message: String,
-    },
-    /// No answer in time.
-    #[error("the agent in the guest did not answer `{call}` within {limit:?}")]
-    TimedOut {
-        /// The call.
-        call: &'static str,
-        /// How long was waited.
-        limit: Duration,
-    },
-    /// The VM ended during the call.
-    #[error("the virtual machine ended during `{call}`: {end}")]
-    VmEnded {
-        /// The call.
-        call: &'static str,
-        /// Why it ended.
-        end: VmEnd,
-    },
-    /// The connection broke, or the answer made no sense.
-    #[error("the call `{call}` to the agent in the guest failed: {cause}")]
-    Broken {
-        /// The call.
-        call: &'static str,
-        /// What happened.
-        cause: String,
-    },
-}
-
-impl AgentError {
-    pub(crate) fn kind(&self) -> Kind {
-        match self {
-            AgentError::Refused { kind, .. } => *kind,
-            AgentError::TimedOut { .. } => Kind::DeadlineExceeded,
-            AgentError::VmEnded { .. } | AgentError::Broken { .. } => Kind::Unknown,
-        }
-    }
-}
-
-type AgentResult<T> = Result<T, AgentError>;
 
 /// A booted guest whose agent has answered.
 pub(crate) struct Guest {
@@ -90,12 +36,6 @@ pub(crate) struct Guest {
     next_token: AtomicU64,
     pub vmm: SharedVmm,
     pub pace: Pace,
-}
-
-/// A standard stream's connection, and the token that names it to the agent.
-pub(crate) struct Stream {
-    pub token: u64,
-    pub socket: UnixStream,
 }
 
 impl Guest {
@@ -174,56 +114,6 @@ impl Guest {
         };
         let answer = self.agent.detach_device(within(limit), &request);
         self.call("detach device", limit, answer).await.map(drop)
-    }
-
-    /// Opens a stream to the guest.
-    pub async fn open_stream(&self) -> AgentResult<Stream> {
-        let call = "open stream";
-        let mut socket = dial(&self.vsock, STREAM_PORT, call, &self.vmm, self.pace).await?;
-        let token = self.next_token.fetch_add(1, Ordering::Relaxed);
-        let broken = |cause: io::Error| AgentError::Broken {
-            call,
-            cause: cause.to_string(),
-        };
-        socket
-            .write_all(&token.to_le_bytes())
-            .await
-            .map_err(broken)?;
-        Ok(Stream { token, socket })
-    }
-
-    /// Opens a connection to a TCP port of the guest's loopback.
-    pub async fn open_forward(&self, port: u16) -> AgentResult<UnixStream> {
-        let nobody = format!("nobody listens on port {port} of the guest's loopback");
-        self.open(port, nobody).await
-    }
-
-    /// Has the agent be a name server in the guest as long as the connection lasts.
-    pub async fn open_resolver(&self) -> AgentResult<UnixStream> {
-        let taken = format!("the guest has no room for a name server at {RESOLVER_ADDRESS}");
-        self.open(RESOLVER, taken).await
-    }
-
-    async fn open(&self, port: u16, refusal: String) -> AgentResult<UnixStream> {
-        let call = "connect to the guest's loopback";
-        let mut socket = dial(&self.vsock, FORWARD_PORT, call, &self.vmm, self.pace).await?;
-        let limit = self.pace.call();
-        let asked = timeout(limit, async {
-            socket.write_all(&port.to_le_bytes()).await?;
-            socket.read_u8().await
-        });
-        match asked.await {
-            Ok(Ok(FORWARD_OPEN)) => Ok(socket),
-            Ok(Ok(_)) => Err(AgentError::Refused {
-                kind: Kind::NotFound,
-                message: refusal,
-            }),
-            Ok(Err(cause)) => Err(AgentError::Broken {
-                call,
-                cause: cause.to_string(),
-            }),
-            Err(_) => Err(AgentError::TimedOut { call, limit }),
-        }
     }
 
     /// Gives the guest its network, or what has changed of it.
@@ -461,18 +351,6 @@ impl Guest {
     }
 }
 
-fn kind_of(code: ttrpc::Code) -> Kind {
-    match code {
-        ttrpc::Code::NOT_FOUND => Kind::NotFound,
-        ttrpc::Code::ALREADY_EXISTS => Kind::AlreadyExists,
-        ttrpc::Code::FAILED_PRECONDITION => Kind::FailedPrecondition,
-        ttrpc::Code::INVALID_ARGUMENT => Kind::InvalidArgument,
-        ttrpc::Code::UNIMPLEMENTED => Kind::Unimplemented,
-        ttrpc::Code::UNAVAILABLE => Kind::Unavailable,
-        _ => Kind::Unknown,
-    }
-}
-
 /// A slot as the agent is told of it.
 fn describe(slot: PluggedSlot) -> agent::Slot {
     agent::Slot {
@@ -499,17 +377,6 @@ fn name(process: &ProcessId) -> protobuf::MessageField<agent::Process> {
     })
 }
 
-/// Streams by their tokens; 0 where there is none.
-pub(crate) fn streams(tokens: [Option<u64>; 3]) -> protobuf::MessageField<Streams> {
-    let [stdin, stdout, stderr] = tokens.map(Option::unwrap_or_default);
-    protobuf::MessageField::some(Streams {
-        stdin_token: stdin,
-        stdout_token: stdout,
-        stderr_token: stderr,
-        ..Default::default()
-    })
-}
-
 /// The guest's time if it's near the host's, else the host's.
 fn plausible(guest: Option<SystemTime>, host: SystemTime) -> SystemTime {
     let near = |time: SystemTime| {
@@ -523,116 +390,9 @@ fn plausible(guest: Option<SystemTime>, host: SystemTime) -> SystemTime {
         .map_or(host, |time| time.min(host))
 }
 
-/// The Unix socket that stands for the guest's vsock ports.
-struct VsockSocket {
-    folder: File,
-}
-
-async fn dial(
-    vsock: &VsockSocket,
-    port: u32,
-    call: &'static str,
-    vmm: &Arc<crate::vmm::Vmm>,
-    pace: Pace,
-) -> AgentResult<UnixStream> {
-    let limit = pace.dial();
-    let dialled = async {
-        let mut socket = UnixStream::connect(short_path(&vsock.folder, "vsock.sock")).await?;
-        handshake(&mut socket, port).await?;
-        Ok(socket)
-    };
-    let ended = |end| AgentError::VmEnded { call, end };
-    let error: io::Error = tokio::select! {
-        biased;
-        end = vmm.wait() => return Err(ended(end)),
-        dialled = timeout(limit, dialled) => match dialled {
-            Ok(Ok(socket)) => return Ok(socket),
-            Ok(Err(error)) => error,
-            Err(_) => return Err(AgentError::TimedOut { call, limit }),
-        },
-    };
-    // A guest that has just ended refuses too; its end is the better explanation.
-    match timeout(END_AFTER_BREAK, vmm.wait()).await {
-        Ok(end) => Err(ended(end)),
-        Err(_) => Err(AgentError::Broken {
-            call,
-            cause: format!("vsock port {port}: {error}"),
-        }),
-    }
-}
-
-/// The VMM's line protocol: `CONNECT <port>`, answered by `OK <port>`. Reads not one byte more,
-/// for what follows is the guest's.
-async fn handshake(
-    socket: &mut (impl AsyncReadExt + AsyncWriteExt + Unpin),
-    port: u32,
-) -> io::Result<()> {
-    socket
-        .write_all(format!("CONNECT {port}\n").as_bytes())
-        .await?;
-    let mut answer = Vec::with_capacity(MAX_ANSWER);
-    loop {
-        match socket.read_u8().await {
-            Ok(b'\n') => break,
-            Ok(byte) if answer.len() < MAX_ANSWER => answer.push(byte),
-            Ok(_) => return Err(io::Error::other("the VMM's answer to CONNECT has no end")),
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-                return Err(io::Error::new(
-                    io::ErrorKind::ConnectionRefused,
-                    "the guest refused the connection",
-                ));
-            }
-            Err(error) => return Err(error),
-        }
-    }
-    let accepted = answer
-        .strip_prefix(b"OK ")
-        .and_then(|port| std::str::from_utf8(port).ok())
-        .is_some_and(|port| port.parse::<u32>().is_ok());
-    if accepted {
-        return Ok(());
-    }
-    let answer = String::from_utf8_lossy(&answer).escape_debug().to_string();
-    Err(io::Error::other(format!(
-        "the VMM answered CONNECT by {answer:?}"
-    )))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proptest::prelude::*;
-
-    async fn talk(answer: &[u8]) -> (io::Result<()>, Vec<u8>, Vec<u8>) {
-        let (mut near, mut far) = tokio::io::duplex(4096);
-        far.write_all(answer).await.unwrap();
-        far.shutdown().await.unwrap();
-        let result = handshake(&mut near, 1024).await;
-        let mut rest = Vec::new();
-        near.read_to_end(&mut rest).await.unwrap();
-        drop(near);
-        let mut asked = Vec::new();
-        far.read_to_end(&mut asked).await.unwrap();
-        (result, rest, asked)
-    }
-
-    #[tokio::test]
-    async fn the_guests_first_bytes_are_left_alone() {
-        let (result, rest, asked) = talk(b"OK 1073741824\nhello").await;
-        result.unwrap();
-        assert_eq!(rest, b"hello");
-        assert_eq!(asked, b"CONNECT 1024\n");
-    }
-
-    #[tokio::test]
-    async fn a_refusal_is_told_from_nonsense() {
-        let (result, ..) = talk(b"").await;
-        assert_eq!(result.unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
-        for nonsense in [&b"NO\n"[..], b"OK x\n", b"OK \n", &[b'x'; 100]] {
-            let (result, ..) = talk(nonsense).await;
-            assert!(result.is_err(), "{nonsense:?}");
-        }
-    }
 
     #[test]
     fn a_guests_clock_is_not_trusted_far() {
@@ -645,16 +405,5 @@ mod tests {
         assert_eq!(plausible(Some(far), host), host);
         assert_eq!(plausible(Some(host + Duration::from_secs(5)), host), host);
         assert_eq!(plausible(None, host), host);
-    }
-
-    proptest! {
-        #[test]
-        fn any_answer_ends_in_a_verdict(answer in proptest::collection::vec(any::<u8>(), 0..80)) {
-            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-            let (result, ..) = runtime.block_on(talk(&answer));
-            if result.is_ok() {
-                prop_assert!(answer.starts_with(b"OK "));
-            }
-        }
     }
 }
