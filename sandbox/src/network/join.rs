@@ -360,6 +360,49 @@ mod tests {
     }
 
     #[test]
+    fn a_vlans_tag_is_no_way_around() {
+        let Some(pod) = pod() else { return };
+        let state = read(&pod);
+        let (index, eth0) = state.interfaces.first_key_value().unwrap();
+        let senders = own(eth0);
+        let joined = pod.inside(|| join(*index, eth0, 1, &senders, &mut Netlink::open().unwrap()));
+        let tap = joined.unwrap().unwrap();
+        let packet = |last: u8| {
+            let mut packet = vec![0x45, 0, 0, 28, 0, 0, 0, 0, 64, 17, 0, 0, 10, 9, 0, 2];
+            packet.extend([10, 9, 0, last, 0, 9, 0, 9, 0, 8, 0, 0]);
+            packet
+        };
+        let tagged = ethernet(eth0.mac, 0x8100, &[&[0, 5, 8, 0], &packet(7)[..]].concat());
+        // As it would be captured: the tag is beside it then.
+        let stripped = ethernet(eth0.mac, 0x0800, &packet(7));
+        let last = ethernet(eth0.mac, 0x0800, &packet(1));
+        let seen = capture("far");
+        let comes_out = || {
+            for frame in [&tagged, &last] {
+                let framed = [&[0; 10], frame.as_slice()].concat();
+                (&tap.queues[0]).write_all(&framed).unwrap();
+            }
+            let mut seen = File::from(seen.try_clone().unwrap());
+            let (mut found, mut buffer) = (false, [0; 2048]);
+            loop {
+                let length = seen.read(&mut buffer).unwrap();
+                if buffer[..length] == *last {
+                    return found;
+                }
+                found |= buffer[..length] == *stripped;
+            }
+        };
+        assert!(!comes_out(), "a frame with a VLAN's tag got through");
+        pod.inside(|| {
+            let mut netlink = Netlink::open().unwrap();
+            let any = Senders::of(eth0, false);
+            change_senders(tap.index, *index, eth0, &any, &mut netlink).unwrap();
+        })
+        .unwrap();
+        assert!(comes_out(), "a pod that may send anything can't use VLANs");
+    }
+
+    #[test]
     fn a_second_machine_is_refused_and_the_first_left_alone() {
         let Some(pod) = pod() else { return };
         let state = read(&pod);
