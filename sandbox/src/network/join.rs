@@ -2,7 +2,7 @@
 
 use super::NetworkError;
 use super::filter::Instruction;
-use super::redirect::{change_program, redirect, redirect_some, undo};
+use super::redirect::{change_program, is_redirected, redirect, redirect_some, undo};
 use super::senders::{MAX_ADDRESSES, Senders};
 use super::state::Interface;
 use super::tap::Tap;
@@ -73,16 +73,19 @@ fn program(interface: &Interface, senders: &Senders) -> Result<Vec<Instruction>,
     })
 }
 
-/// Takes back what [`join`] did to the interface, in the calling thread's namespace. The tap goes
-/// with its last descriptor.
+/// Takes back what [`join`] did to the interface, in the calling thread's namespace, unless it is
+/// taken back already: another program may have its own qdisc there by now. The tap goes with its
+/// last descriptor.
 pub(super) fn part(index: u32, netlink: &mut Netlink) -> Result<(), NetlinkError> {
-    undo(index, netlink)
+    match is_redirected(index, netlink)? {
+        true => undo(index, netlink),
+        false => Ok(()),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::netns::Netns;
-    use super::super::redirect::is_redirected;
     use super::super::senders::tests::ethernet;
     use super::super::state::NetworkState;
     use super::*;
