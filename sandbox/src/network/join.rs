@@ -143,6 +143,9 @@ mod tests {
                 "route add default via 10.9.0.1 metric 7",
                 "neighbour add 10.9.0.7 lladdr 02:00:00:00:00:07 dev eth0",
                 "route add 198.51.100.0/24 dev eth0 table 100",
+                "rule add from 10.9.0.2 table 100 priority 500",
+                "-6 rule add from 2001:db8:9::2 table 101 priority 501",
+                "rule add from 192.0.2.9 blackhole priority 502",
             ] {
                 ip(words);
             }
@@ -180,8 +183,20 @@ mod tests {
         let default = default.unwrap();
         assert_eq!((default.interface, default.priority), (*index, 7));
         assert_eq!(default.gateway.unwrap().to_string(), "10.9.0.1");
-        let network = |route: &&super::super::state::Route| route.prefix_length == 24;
-        assert_eq!(state.routes.iter().filter(network).count(), 1, "{state:?}");
+        let networks = state.routes.iter().filter(|one| one.prefix_length == 24);
+        let mut networks: Vec<_> = networks
+            .map(|one| (one.table, one.destination.to_string()))
+            .collect();
+        networks.sort();
+        let wanted = [(100, "198.51.100.0"), (254, "10.9.0.0")];
+        assert_eq!(networks, wanted.map(|(table, to)| (table, to.to_owned())));
+        let rules = state.rules.iter();
+        let rules: Vec<_> = rules
+            .map(|one| (one.priority, one.table, one.source.to_string()))
+            .collect();
+        let wanted = [(500, 100, "10.9.0.2"), (501, 101, "2001:db8:9::2")];
+        assert_eq!(rules, wanted.map(|(a, b, ip)| (a, b, ip.to_owned())));
+        assert_eq!(state.left_out.len(), 1, "{:?}", state.left_out);
         assert_eq!(state.neighbours.len(), 1);
         assert_eq!(state.neighbours[0].mac, [2, 0, 0, 0, 0, 7]);
     }

@@ -32,6 +32,8 @@ pub(super) struct Joined {
     /// taps that are down.
     leaving: BTreeMap<u32, Attached>,
     next_id: u32,
+    /// What the guest can't have, as it was told last.
+    left_out: Vec<String>,
     /// What the guest took on last.
     sent: SetNetworkRequest,
 }
@@ -68,6 +70,7 @@ impl Joined {
             attached: BTreeMap::new(),
             leaving: BTreeMap::new(),
             next_id: 0,
+            left_out: Vec::new(),
             sent: SetNetworkRequest::new(),
         }
     }
@@ -75,6 +78,10 @@ impl Joined {
     /// Makes the guest's network what the namespace has.
     pub async fn settle(&mut self) -> Result<(), NetworkError> {
         let (state, lost) = self.read().await?;
+        if state.left_out != self.left_out {
+            tracing::warn!(what = ?state.left_out, "the guest does not have all of the pod's network");
+            self.left_out.clone_from(&state.left_out);
+        }
         let fits = |index: &u32, one: &Attached| {
             let now = state.interfaces.get(index);
             now.is_some_and(|now| one.fits(now)) && !lost.contains(index)
