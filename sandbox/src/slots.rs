@@ -1,8 +1,10 @@
 //! Plugging devices into spare slots of a running VM, and unplugging them. The guest is told by
 //! [`Guest::attach_device`](crate::guest::Guest::attach_device).
 
+use crate::Kind;
 use crate::control;
 use crate::folder::RuntimeFolder;
+use crate::guest::{AgentError, Guest};
 use bulkhead_proto::vmm::{PluggedSlot, RateLimit, Request, Response};
 use std::fs::File;
 use std::io;
@@ -92,11 +94,37 @@ pub(crate) async fn plug_net(
     plug(folder, request, files, "network card".to_owned()).await
 }
 
-/// Takes the device out of a slot, after the guest has let go of it or for good.
-pub(crate) async fn unplug(
+/// Has the guest let go of a device and takes it out of its slot; whether it's out.
+///
+/// One that the guest doesn't let go of stays: its requests may be under way, for instance because
+/// the host's disk hangs. If it vanished, none of them would ever be answered, and what waits for
+/// them in the guest, the agent among it, would wait for ever.
+pub(crate) async fn take_out(
+    guest: &Guest,
     folder: &Arc<RuntimeFolder>,
     slot: PluggedSlot,
-) -> Result<(), SlotError> {
+) -> bool {
+    let number = slot.slot;
+    match guest.detach_device(slot).await {
+        // It was never in use, or no longer.
+        Ok(())
+        | Err(AgentError::Refused {
+            kind: Kind::NotFound,
+            ..
+        }) => {}
+        Err(error) => {
+            tracing::warn!(%error, number, "a device that the guest does not let go of stays");
+            return false;
+        }
+    }
+    let out = unplug(folder, slot).await;
+    if let Err(error) = &out {
+        tracing::warn!(%error, number, "a device stays in the virtual machine");
+    }
+    out.is_ok()
+}
+
+async fn unplug(folder: &Arc<RuntimeFolder>, slot: PluggedSlot) -> Result<(), SlotError> {
     let what = format!("device in slot {}", slot.slot);
     let request = Request::Unplug { slot: slot.slot };
     match ask(folder, request, Vec::new(), "unplug", what.clone()).await? {

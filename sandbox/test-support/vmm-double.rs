@@ -13,12 +13,17 @@
 //!
 //! Each size that it is asked for is noted in `DIR/sizes` by a line, in MiB, and reached at once;
 //! with `no-plug` in DIR only as far as half of it.
+//!
+//! It holds the taps of network cards that are plugged in, and notes them and what is unplugged in
+//! `DIR/slots` by a line each, `plug SLOT` or `unplug SLOT`.
 
 use bulkhead_proto::guest::AGENT_PORT;
 use bulkhead_proto::vmm::{
-    CONFIG_FD, Event, ExitReason, HotplugStatus, KvmKind, Request, Response, Status, VmConfig,
+    CONFIG_FD, Event, ExitReason, FIRST_SPARE_SLOT, HotplugStatus, KvmKind, PluggedSlot, Request,
+    Response, Status, VmConfig,
 };
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
@@ -155,6 +160,7 @@ fn serve_control(control: &UnixListener, sockets: &str, mut events: File) -> io:
         requested_mib: 0,
         plugged_mib: 0,
     };
+    let mut slots = Slots::default();
     for client in control.incoming() {
         let client = client?;
         let (request, files) = receive(&client)?;
@@ -167,6 +173,8 @@ fn serve_control(control: &UnixListener, sockets: &str, mut events: File) -> io:
             Request::SetHotplug { mib } => {
                 resize(sockets, mib, &mut hotplug, &mut events).map(|()| Response::Ok)
             }
+            Request::PlugNet { .. } => slots.plug(sockets, files),
+            Request::Unplug { slot } => slots.unplug(sockets, slot).map(|()| Response::Ok),
             Request::Status {} => Ok(Response::Status(Status {
                 paused: false,
                 ready: true,
@@ -192,15 +200,49 @@ fn serve_control(control: &UnixListener, sockets: &str, mut events: File) -> io:
     Ok(())
 }
 
+/// Network cards, by their slots.
+#[derive(Default)]
+struct Slots {
+    taken: BTreeMap<u32, Vec<File>>,
+}
+
+impl Slots {
+    fn plug(&mut self, sockets: &str, taps: Vec<File>) -> io::Result<Response> {
+        let mut free = FIRST_SPARE_SLOT..;
+        let free = free.find(|slot| !self.taken.contains_key(slot));
+        let slot = free.ok_or_else(|| io::Error::other("no slot is free"))?;
+        self.taken.insert(slot, taps);
+        note(sockets, "slots", &format!("plug {slot}"))?;
+        Ok(Response::Plugged {
+            slot: PluggedSlot {
+                slot,
+                address: 0xd000_0000,
+                irq: 16,
+            },
+        })
+    }
+
+    fn unplug(&mut self, sockets: &str, slot: u32) -> io::Result<()> {
+        let taps = self.taken.remove(&slot);
+        taps.ok_or_else(|| io::Error::other("nothing is in this slot"))?;
+        note(sockets, "slots", &format!("unplug {slot}"))
+    }
+}
+
+/// Adds a line to a file.
+fn note(sockets: &str, file: &str, line: &str) -> io::Result<()> {
+    let path = format!("{sockets}/{file}");
+    let mut file = File::options().create(true).append(true).open(path)?;
+    writeln!(file, "{line}")
+}
+
 fn resize(
     sockets: &str,
     mib: u32,
     hotplug: &mut HotplugStatus,
     events: &mut File,
 ) -> io::Result<()> {
-    let path = format!("{sockets}/sizes");
-    let mut sizes = File::options().create(true).append(true).open(path)?;
-    writeln!(sizes, "{mib}")?;
+    note(sockets, "sizes", &mib.to_string())?;
     hotplug.requested_mib = mib;
     if Path::new(sockets).join("no-plug").exists() {
         hotplug.plugged_mib = mib / 2;

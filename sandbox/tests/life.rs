@@ -3,6 +3,8 @@
 mod common;
 #[path = "life/memory.rs"]
 mod memory;
+#[path = "life/network.rs"]
+mod network;
 #[path = "life/pods.rs"]
 mod pods;
 #[path = "life/resources.rs"]

@@ -4,10 +4,14 @@
 //! same request goes on where this one stopped.
 
 use super::messages;
+use super::rules::Rule;
 use super::wanted::{Address, Id, Interface, Link, Neighbour, Route, Wanted};
 use crate::error::Failure;
 use bulkhead_netlink::route::RouteNetlinkMessage as Message;
-use bulkhead_netlink::{NLM_F_APPEND, NLM_F_CREATE, NLM_F_REPLACE, Netlink, NetlinkError, allow};
+use bulkhead_netlink::route::route::RouteHeader;
+use bulkhead_netlink::{
+    NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, Netlink, NetlinkError, allow,
+};
 use std::collections::BTreeMap;
 use std::ffi::CString;
 
@@ -21,6 +25,7 @@ pub struct Applied {
     interfaces: BTreeMap<Id, Known>,
     routes: Vec<Route>,
     neighbours: Vec<Neighbour>,
+    rules: Vec<Rule>,
 }
 
 /// An interface of the guest's that stands for one of the host's.
@@ -39,6 +44,7 @@ impl Applied {
         self.forget_interfaces(&wanted, netlink);
         self.find_interfaces(&wanted)?;
         self.name_interfaces(&wanted, netlink)?;
+        self.delete_rules(&wanted, netlink)?;
         self.delete_routes(&wanted, netlink)?;
         self.delete_neighbours(&wanted, netlink)?;
         for (id, interface) in &wanted.interfaces {
@@ -49,7 +55,9 @@ impl Applied {
             }
         }
         self.add_routes(&wanted, netlink)?;
-        self.add_neighbours(&wanted, netlink)
+        self.add_neighbours(&wanted, netlink)?;
+        // What a rule leads to is there by now.
+        self.add_rules(&wanted, netlink)
     }
 
     /// Their devices are about to be taken away.
@@ -221,6 +229,32 @@ impl Applied {
         Ok(())
     }
 
+    fn delete_rules(&mut self, wanted: &Wanted, netlink: &mut Netlink) -> Result<(), Failure> {
+        for at in (0..self.rules.len()).rev() {
+            let rule = &self.rules[at];
+            if wanted.rules.contains(rule) {
+                continue;
+            }
+            let done = netlink.change(Message::DelRule(rule.message()), 0);
+            allow(done, &GONE).map_err(of_rule("delete", rule))?;
+            self.rules.remove(at);
+        }
+        Ok(())
+    }
+
+    fn add_rules(&mut self, wanted: &Wanted, netlink: &mut Netlink) -> Result<(), Failure> {
+        for rule in &wanted.rules {
+            if self.rules.contains(rule) {
+                continue;
+            }
+            let message = Message::NewRule(rule.message());
+            let done = netlink.change(message, NLM_F_CREATE | NLM_F_EXCL);
+            allow(done, &[libc::EEXIST]).map_err(of_rule("add", rule))?;
+            self.rules.push(rule.clone());
+        }
+        Ok(())
+    }
+
     fn delete_neighbours(&mut self, wanted: &Wanted, netlink: &mut Netlink) -> Result<(), Failure> {
         for at in (0..self.neighbours.len()).rev() {
             let neighbour = self.neighbours[at];
@@ -256,8 +290,19 @@ impl Applied {
     }
 }
 
+fn of_rule(verb: &str, rule: &Rule) -> impl FnOnce(NetlinkError) -> Failure {
+    let step = format!(
+        "{verb} the routing rule {} of table {}",
+        rule.priority, rule.table
+    );
+    move |error| Failure::internal(step, error)
+}
+
 fn described(route: &Route) -> String {
-    let to = format!("route to {}/{}", route.destination, route.prefix_length);
+    let mut to = format!("route to {}/{}", route.destination, route.prefix_length);
+    if route.table != u32::from(RouteHeader::RT_TABLE_MAIN) {
+        to = format!("{to} of table {}", route.table);
+    }
     match route.gateway {
         Some(gateway) => format!("{to} by {gateway}"),
         None => to,

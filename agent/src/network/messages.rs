@@ -71,11 +71,12 @@ pub fn route(index: u32, route: &Route) -> RouteMessage {
     let mut message = RouteMessage::default();
     message.header.address_family = family(route.destination);
     message.header.destination_prefix_length = route.prefix_length;
-    message.header.table = RouteHeader::RT_TABLE_MAIN;
+    message.header.table = u8::try_from(route.table).unwrap_or(RouteHeader::RT_TABLE_UNSPEC);
     message.header.protocol = RouteProtocol::Static;
     message.header.scope = route.scope.into();
     message.header.kind = RouteType::Unicast;
     message.header.flags.set(RouteFlags::Onlink, route.onlink);
+    message.attributes.push(RouteAttribute::Table(route.table));
     message.attributes.push(RouteAttribute::Oif(index));
     if route.prefix_length > 0 {
         let destination = RouteAttribute::Destination(route.destination.into());
@@ -112,7 +113,7 @@ pub fn neighbour(index: u32, neighbour: &Neighbour) -> NeighbourMessage {
     message
 }
 
-fn family(ip: IpAddr) -> AddressFamily {
+pub fn family(ip: IpAddr) -> AddressFamily {
     match ip {
         IpAddr::V4(_) => AddressFamily::Inet,
         IpAddr::V6(_) => AddressFamily::Inet6,

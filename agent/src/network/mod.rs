@@ -1,5 +1,5 @@
 //! The guest's own network namespace, which the pod's containers share: its interfaces, addresses,
-//! routes and neighbours, as the host wants them.
+//! routes, routing rules and neighbours, as the host wants them.
 //!
 //! What was applied last is remembered, and only the difference is done. The kernel is never asked
 //! what is there: what others have added stays, and a dump would cost more than all changes.
@@ -8,6 +8,7 @@ mod apply;
 pub mod forward;
 mod messages;
 mod resolver;
+mod rules;
 mod wanted;
 
 use crate::error::Failure;

@@ -3,7 +3,8 @@
 use super::Network;
 use crate::error::Kind;
 use bulkhead_proto::agent::{
-    NetworkAddress, NetworkInterface, NetworkNeighbour, NetworkRoute, SetNetworkRequest,
+    NetworkAddress, NetworkInterface, NetworkNeighbour, NetworkRoute, NetworkRule,
+    SetNetworkRequest,
 };
 use std::net::IpAddr;
 use std::process::Command;
@@ -248,6 +249,72 @@ fn interfaces_come_go_and_exchange_names() {
     assert_has(&all(), &["inet 10.1.0.2/24", "inet 10.2.0.2/24"]);
 }
 
+/// What is sent from `source` is routed by table 100.
+fn rule(source: &str, everywhere: &str) -> NetworkRule {
+    let (source, length) = source.split_once('/').unwrap();
+    NetworkRule {
+        source: bytes(source),
+        source_prefix_length: length.parse().unwrap(),
+        destination: bytes(everywhere),
+        priority: 1000,
+        table: 100,
+        ..Default::default()
+    }
+}
+
+#[test]
+fn what_is_sent_from_an_address_goes_by_its_own_table() {
+    if !own_network(&["guest0"]) {
+        return;
+    }
+    let network = Network::default();
+    let mut request = pods();
+    let mut other = route(7, "0.0.0.0/0", Some("10.1.2.254"));
+    other.table = 100;
+    let mut far = route(7, "203.0.113.0/24", Some("10.1.2.253"));
+    far.table = 70_000;
+    request.routes.extend([other, far]);
+    let mut marked = rule("10.1.2.0/24", "0.0.0.0");
+    (marked.mark, marked.mark_mask, marked.inverted) = (5, 7, true);
+    (marked.priority, marked.output, marked.table) = (1001, "eth0".into(), 70_000);
+    marked.suppressed_prefix_length = 1;
+    request.rules = vec![
+        rule("10.1.2.4/32", "0.0.0.0"),
+        rule("2001:db8::3/128", "::"),
+        marked,
+    ];
+    network.set(&request).unwrap();
+    let from = |source: &str| ip(&format!("route get 198.18.0.1 from {source}"));
+    assert_has(&from("10.1.2.4"), &["via 10.1.2.254"]);
+    assert_has(&from("10.1.2.3"), &["via 10.1.2.1"]);
+    let rules = ip("rule show");
+    let wanted = [
+        "1000:\tfrom 10.1.2.4 lookup 100",
+        "1001:\tnot from 10.1.2.0/24 fwmark 0x5/0x7 oif eth0 lookup 70000 suppress_prefixlength 0",
+    ];
+    assert_has(&rules, &wanted);
+    assert_has(&ip("-6 rule show"), &["1000:\tfrom 2001:db8::3 lookup 100"]);
+    assert_has(
+        &ip("route show table 70000"),
+        &["203.0.113.0/24 via 10.1.2.253"],
+    );
+    // Once more changes nothing, nor does it to an agent that has forgotten.
+    network.set(&request).unwrap();
+    request.interfaces[0].device = "eth0".into();
+    Network::default().set(&request).unwrap();
+    assert_eq!(ip("rule show"), rules);
+
+    request.rules.truncate(1);
+    request.routes.pop();
+    network.set(&request).unwrap();
+    assert!(!ip("rule show").contains("1001"), "{}", ip("rule show"));
+    assert_eq!(ip("route show table all").matches("70000").count(), 0);
+    assert_has(&from("10.1.2.4"), &["via 10.1.2.254"]);
+    network.set(&pods()).unwrap();
+    assert_has(&from("10.1.2.4"), &["via 10.1.2.1"]);
+    assert!(!ip("rule show").contains("1000"), "{}", ip("rule show"));
+}
+
 #[test]
 fn errors_name_interface_and_step() {
     if !own_network(&["guest0"]) {
@@ -256,7 +323,7 @@ fn errors_name_interface_and_step() {
     let network = Network::default();
     let before = all();
     type Breaks = fn(&mut SetNetworkRequest);
-    let broken: [(Breaks, &str); 7] = [
+    let broken: [(Breaks, &str); 10] = [
         (|all| all.interfaces[0].name = "a/b".into(), "no name"),
         (
             |all| all.interfaces[0].device = "none".into(),
@@ -270,6 +337,22 @@ fn errors_name_interface_and_step() {
         (|all| all.routes[0].gateway = bytes("::1"), "another family"),
         (|all| all.routes[0].id = 8, "interface 8"),
         (|all| all.neighbours[0].mac = vec![], "0 bytes"),
+        (
+            |all| all.rules.push(rule("10.1.2.4/33", "0.0.0.0")),
+            "routing rule 1000",
+        ),
+        (
+            |all| all.rules.push(rule("10.1.2.4/32", "::")),
+            "two families",
+        ),
+        (
+            |all| {
+                let mut named = rule("10.1.2.4/32", "0.0.0.0");
+                named.input = "a/b".into();
+                all.rules.push(named);
+            },
+            "no name of an interface",
+        ),
     ];
     for (breaks, wanted) in broken {
         let mut request = pods();

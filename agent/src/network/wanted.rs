@@ -1,6 +1,8 @@
 //! The request of the host's, checked.
 
+use super::rules::Rule;
 use crate::error::Failure;
+use bulkhead_netlink::route::route::RouteHeader;
 use bulkhead_proto::agent::{
     NetworkAddress, NetworkInterface, NetworkNeighbour, NetworkRoute, SetNetworkRequest,
 };
@@ -20,6 +22,7 @@ pub struct Wanted {
     /// Those on the link first: gateways are reached by them.
     pub routes: Vec<Route>,
     pub neighbours: Vec<Neighbour>,
+    pub rules: Vec<Rule>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,6 +54,7 @@ pub struct Address {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Route {
     pub id: Id,
+    pub table: u32,
     pub destination: IpAddr,
     pub prefix_length: u8,
     pub gateway: Option<IpAddr>,
@@ -97,12 +101,22 @@ impl Wanted {
             Neighbour::new(one).map_err(|why| Failure::invalid(format!("{name}: a neighbour"), why))
         });
         let neighbours = neighbours.collect::<Result<_, _>>()?;
+        let rules = request.rules.iter().map(Rule::new);
         Ok(Self {
             interfaces,
             routes,
             neighbours,
+            rules: rules.collect::<Result<_, _>>()?,
         })
     }
+}
+
+/// Whether an interface can be called so.
+pub fn is_name(name: &str) -> bool {
+    // The kernel's own rule (dev_valid_name), and no conversion of blanks.
+    let fits = (1..=MAX_NAME).contains(&name.len()) && name != "." && name != "..";
+    let plain = |byte: u8| byte.is_ascii_graphic() && byte != b'/' && byte != b':';
+    fits && name.bytes().all(plain)
 }
 
 fn no_interface(what: &str, id: Id) -> Failure {
@@ -113,10 +127,7 @@ impl Interface {
     fn new(interface: &NetworkInterface) -> Result<Self, Failure> {
         let what = || format!("interface {:?}", interface.name);
         for name in [&interface.name, &interface.device] {
-            // The kernel's own rule (dev_valid_name), and no conversion of blanks.
-            let fits = (1..=MAX_NAME).contains(&name.len()) && name != "." && name != "..";
-            let plain = |byte: u8| byte.is_ascii_graphic() && byte != b'/' && byte != b':';
-            if !fits || !name.bytes().all(plain) {
+            if !is_name(name) {
                 let why = format!("{name:?} is no name of an interface");
                 return Err(Failure::invalid(what(), why));
             }
@@ -158,6 +169,10 @@ impl Route {
         let destination = ip(&route.destination)?;
         Ok(Self {
             id: route.id,
+            table: match route.table {
+                0 => RouteHeader::RT_TABLE_MAIN.into(),
+                table => table,
+            },
             destination,
             prefix_length: prefix_length(destination, route.prefix_length)?,
             gateway: optional(&route.gateway, destination)?,
@@ -183,7 +198,7 @@ impl Neighbour {
     }
 }
 
-fn ip(bytes: &[u8]) -> Result<IpAddr, String> {
+pub fn ip(bytes: &[u8]) -> Result<IpAddr, String> {
     if let Ok(four) = <[u8; 4]>::try_from(bytes) {
         return Ok(IpAddr::from(four));
     }
@@ -204,7 +219,7 @@ fn optional(bytes: &[u8], like: IpAddr) -> Result<Option<IpAddr>, String> {
     Ok(Some(found))
 }
 
-fn prefix_length(ip: IpAddr, length: u32) -> Result<u8, String> {
+pub fn prefix_length(ip: IpAddr, length: u32) -> Result<u8, String> {
     let most = if ip.is_ipv4() { 32 } else { 128 };
     u8::try_from(length)
         .ok()

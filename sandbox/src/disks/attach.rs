@@ -3,11 +3,10 @@
 
 use super::volumes::Number;
 use super::{Disk, DiskError};
-use crate::Kind;
 use crate::folder::RuntimeFolder;
-use crate::guest::{AgentError, Guest};
+use crate::guest::Guest;
 use crate::prepare::Prepared;
-use crate::slots::{plug_block, unplug};
+use crate::slots::{plug_block, take_out};
 use bulkhead_proto::vmm::PluggedSlot;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -72,29 +71,10 @@ impl Attached {
 
     /// Takes them out again, as far as they can be. Without a guest that answers, the disks just
     /// vanish from it.
-    ///
-    /// A disk that the guest doesn't let go of stays: its requests may be under way, for instance
-    /// because the host's disk hangs. If it vanished, none of them would ever be answered, and what
-    /// waits for them in the guest, the agent among it, would wait for ever.
     pub async fn remove(&self, guest: Option<&Guest>, folder: &Arc<RuntimeFolder>) {
         for slot in self.slots.iter().rev() {
             let Some(guest) = guest else { return };
-            let slot_number = slot.slot;
-            match guest.detach_device(*slot).await {
-                // It was never in use, or no longer.
-                Ok(())
-                | Err(AgentError::Refused {
-                    kind: Kind::NotFound,
-                    ..
-                }) => {}
-                Err(error) => {
-                    tracing::warn!(%error, slot_number, "a disk that the guest does not let go of stays");
-                    continue;
-                }
-            }
-            if let Err(error) = unplug(folder, *slot).await {
-                tracing::warn!(%error, slot_number, "a disk stays in the virtual machine");
-            }
+            take_out(guest, folder, *slot).await;
         }
     }
 }

@@ -8,8 +8,9 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
 use tokio::io::unix::AsyncFd;
 
-/// RTNLGRP_* of linux/rtnetlink.h: links, neighbours, and addresses and routes of both families.
-const GROUPS: [u32; 6] = [1, 3, 5, 7, 9, 11];
+/// RTNLGRP_* of linux/rtnetlink.h: links, neighbours, and addresses, routes and rules of both
+/// families.
+const GROUPS: [u32; 8] = [1, 3, 5, 7, 8, 9, 11, 19];
 
 /// So long a pause is taken for the end of a burst.
 const QUIET: Duration = Duration::from_millis(50);

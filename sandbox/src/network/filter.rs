@@ -12,6 +12,9 @@ const LOAD_HALF: u16 = 0x28;
 const LOAD_BYTE: u16 = 0x30;
 /// Added to a load: from X on instead of from the packet's start.
 const FROM_X: u16 = 0x20;
+/// Not in the packet: whether it has a VLAN's tag (SKF_AD_OFF + SKF_AD_VLAN_TAG_PRESENT). The
+/// kernel takes the outermost one out of the packet before a program sees it.
+const TAGGED: u32 = 0xffff_f000 + 48;
 const LOAD_SCRATCH: u16 = 0x60;
 const STORE_SCRATCH: u16 = 0x02;
 const ADD: u16 = 0x04;
@@ -97,6 +100,11 @@ impl Assembler {
         }
     }
 
+    /// Loads whether the packet has a VLAN's tag: 0 if not.
+    pub fn load_tagged(&mut self) {
+        self.push(LOAD_WORD, TAGGED);
+    }
+
     pub fn add(&mut self, value: u32) {
         self.push(ADD, value);
     }
@@ -173,9 +181,9 @@ impl Assembler {
     }
 }
 
-/// Runs a program as the kernel does.
+/// Runs a program as the kernel does on a packet whose VLAN tag, if it was tagged, is out.
 #[cfg(test)]
-pub(super) fn run(program: &[Instruction], packet: &[u8]) -> u32 {
+pub(super) fn run(program: &[Instruction], packet: &[u8], tagged: bool) -> u32 {
     let (mut a, mut x, mut scratch, mut at) = (0u32, 0u32, [0u32; 16], 0usize);
     let load = |size: usize, offset: u32| {
         let offset = offset as usize;
@@ -200,6 +208,7 @@ pub(super) fn run(program: &[Instruction], packet: &[u8]) -> u32 {
             _ => 1,
         };
         let loaded = match code {
+            LOAD_WORD if value == TAGGED => Some(u32::from(tagged)),
             LOAD_WORD | LOAD_HALF | LOAD_BYTE => load(size, value),
             0x40 | 0x48 | 0x50 => load(size, x.wrapping_add(value)),
             LOAD_SCRATCH => Some(scratch[value as usize]),
@@ -248,9 +257,9 @@ mod tests {
         program.place(yes);
         program.finish(9);
         let program = program.assemble().unwrap();
-        assert_eq!(run(&program, &[1, 2, 3]), 9);
-        assert_eq!(run(&program, &[1, 2, 4]), 7);
-        assert_eq!(run(&program, &[1, 2]), 0);
+        assert_eq!(run(&program, &[1, 2, 3], false), 9);
+        assert_eq!(run(&program, &[1, 2, 4], false), 7);
+        assert_eq!(run(&program, &[1, 2], false), 0);
     }
 
     #[test]

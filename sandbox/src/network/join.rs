@@ -2,7 +2,7 @@
 
 use super::NetworkError;
 use super::filter::Instruction;
-use super::redirect::{change_program, redirect, redirect_some, undo};
+use super::redirect::{change_program, is_redirected, redirect, redirect_some, undo};
 use super::senders::{MAX_ADDRESSES, Senders};
 use super::state::Interface;
 use super::tap::Tap;
@@ -73,16 +73,19 @@ fn program(interface: &Interface, senders: &Senders) -> Result<Vec<Instruction>,
     })
 }
 
-/// Takes back what [`join`] did to the interface, in the calling thread's namespace. The tap goes
-/// with its last descriptor.
+/// Takes back what [`join`] did to the interface, in the calling thread's namespace, unless it is
+/// taken back already: another program may have its own qdisc there by now. The tap goes with its
+/// last descriptor.
 pub(super) fn part(index: u32, netlink: &mut Netlink) -> Result<(), NetlinkError> {
-    undo(index, netlink)
+    match is_redirected(index, netlink)? {
+        true => undo(index, netlink),
+        false => Ok(()),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::netns::Netns;
-    use super::super::redirect::is_redirected;
     use super::super::senders::tests::ethernet;
     use super::super::state::NetworkState;
     use super::*;
@@ -140,6 +143,9 @@ mod tests {
                 "route add default via 10.9.0.1 metric 7",
                 "neighbour add 10.9.0.7 lladdr 02:00:00:00:00:07 dev eth0",
                 "route add 198.51.100.0/24 dev eth0 table 100",
+                "rule add from 10.9.0.2 table 100 priority 500",
+                "-6 rule add from 2001:db8:9::2 table 101 priority 501",
+                "rule add from 192.0.2.9 blackhole priority 502",
             ] {
                 ip(words);
             }
@@ -177,8 +183,20 @@ mod tests {
         let default = default.unwrap();
         assert_eq!((default.interface, default.priority), (*index, 7));
         assert_eq!(default.gateway.unwrap().to_string(), "10.9.0.1");
-        let network = |route: &&super::super::state::Route| route.prefix_length == 24;
-        assert_eq!(state.routes.iter().filter(network).count(), 1, "{state:?}");
+        let networks = state.routes.iter().filter(|one| one.prefix_length == 24);
+        let mut networks: Vec<_> = networks
+            .map(|one| (one.table, one.destination.to_string()))
+            .collect();
+        networks.sort();
+        let wanted = [(100, "198.51.100.0"), (254, "10.9.0.0")];
+        assert_eq!(networks, wanted.map(|(table, to)| (table, to.to_owned())));
+        let rules = state.rules.iter();
+        let rules: Vec<_> = rules
+            .map(|one| (one.priority, one.table, one.source.to_string()))
+            .collect();
+        let wanted = [(500, 100, "10.9.0.2"), (501, 101, "2001:db8:9::2")];
+        assert_eq!(rules, wanted.map(|(a, b, ip)| (a, b, ip.to_owned())));
+        assert_eq!(state.left_out.len(), 1, "{:?}", state.left_out);
         assert_eq!(state.neighbours.len(), 1);
         assert_eq!(state.neighbours[0].mac, [2, 0, 0, 0, 0, 7]);
     }
@@ -357,6 +375,49 @@ mod tests {
         assert_eq!(come_out(&tap, &frames, &seen), [1, 2, 4, 5, 6, 7, 8, 9]);
         change(None, true);
         assert_eq!(come_out(&tap, &frames, &seen), [7, 8, 9]);
+    }
+
+    #[test]
+    fn a_vlans_tag_is_no_way_around() {
+        let Some(pod) = pod() else { return };
+        let state = read(&pod);
+        let (index, eth0) = state.interfaces.first_key_value().unwrap();
+        let senders = own(eth0);
+        let joined = pod.inside(|| join(*index, eth0, 1, &senders, &mut Netlink::open().unwrap()));
+        let tap = joined.unwrap().unwrap();
+        let packet = |last: u8| {
+            let mut packet = vec![0x45, 0, 0, 28, 0, 0, 0, 0, 64, 17, 0, 0, 10, 9, 0, 2];
+            packet.extend([10, 9, 0, last, 0, 9, 0, 9, 0, 8, 0, 0]);
+            packet
+        };
+        let tagged = ethernet(eth0.mac, 0x8100, &[&[0, 5, 8, 0], &packet(7)[..]].concat());
+        // As it would be captured: the tag is beside it then.
+        let stripped = ethernet(eth0.mac, 0x0800, &packet(7));
+        let last = ethernet(eth0.mac, 0x0800, &packet(1));
+        let seen = capture("far");
+        let comes_out = || {
+            for frame in [&tagged, &last] {
+                let framed = [&[0; 10], frame.as_slice()].concat();
+                (&tap.queues[0]).write_all(&framed).unwrap();
+            }
+            let mut seen = File::from(seen.try_clone().unwrap());
+            let (mut found, mut buffer) = (false, [0; 2048]);
+            loop {
+                let length = seen.read(&mut buffer).unwrap();
+                if buffer[..length] == *last {
+                    return found;
+                }
+                found |= buffer[..length] == *stripped;
+            }
+        };
+        assert!(!comes_out(), "a frame with a VLAN's tag got through");
+        pod.inside(|| {
+            let mut netlink = Netlink::open().unwrap();
+            let any = Senders::of(eth0, false);
+            change_senders(tap.index, *index, eth0, &any, &mut netlink).unwrap();
+        })
+        .unwrap();
+        assert!(comes_out(), "a pod that may send anything can't use VLANs");
     }
 
     #[test]

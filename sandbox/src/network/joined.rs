@@ -3,15 +3,16 @@
 use super::error::NetworkError;
 use super::join::{change_senders, join, part};
 use super::netns::Netns;
+use super::redirect::is_redirected;
 use super::request::{Device, request};
 use super::senders::Senders;
 use super::settings::NetworkSettings;
 use super::state::{Interface, NetworkState};
-use super::tap::{Tap, set_mtu};
+use super::tap::{Tap, set_down, set_mtu};
 use crate::folder::RuntimeFolder;
 use crate::guest::Guest;
 use crate::slots::{self, NetCard, NetQueues};
-use bulkhead_netlink::Netlink;
+use bulkhead_netlink::{Netlink, NetlinkError};
 use bulkhead_proto::agent::SetNetworkRequest;
 use bulkhead_proto::vmm::PluggedSlot;
 use std::collections::{BTreeMap, BTreeSet};
@@ -26,7 +27,13 @@ pub(super) struct Joined {
     netns: Netns,
     joins: Joins,
     attached: BTreeMap<u32, Attached>,
+    /// Devices that are to go, and stay until the guest lets go of them. Their interfaces stay
+    /// joined meanwhile, so that the host's own stack doesn't speak in the guest's place, but to
+    /// taps that are down.
+    leaving: BTreeMap<u32, Attached>,
     next_id: u32,
+    /// What the guest can't have, as it was told last.
+    left_out: Vec<String>,
     /// What the guest took on last.
     sent: SetNetworkRequest,
 }
@@ -61,37 +68,79 @@ impl Joined {
             netns,
             joins,
             attached: BTreeMap::new(),
+            leaving: BTreeMap::new(),
             next_id: 0,
+            left_out: Vec::new(),
             sent: SetNetworkRequest::new(),
         }
     }
 
     /// Makes the guest's network what the namespace has.
     pub async fn settle(&mut self) -> Result<(), NetworkError> {
-        let state = self.read().await?;
+        let (state, lost) = self.read().await?;
+        if state.left_out != self.left_out {
+            tracing::warn!(what = ?state.left_out, "the guest does not have all of the pod's network");
+            self.left_out.clone_from(&state.left_out);
+        }
+        let fits = |index: &u32, one: &Attached| {
+            let now = state.interfaces.get(index);
+            now.is_some_and(|now| one.fits(now)) && !lost.contains(index)
+        };
         let gone: Vec<u32> = self
             .attached
             .iter()
-            .filter(|(index, one)| !state.interfaces.get(index).is_some_and(|now| one.fits(now)))
+            .filter(|(index, one)| !fits(index, one))
             .map(|(index, _)| *index)
             .collect();
-        if !gone.is_empty() {
+        if !gone.is_empty() || !self.leaving.is_empty() {
             self.detach(&state, &gone).await?;
         }
         for (index, interface) in &state.interfaces {
-            if !self.attached.contains_key(index) {
+            if !self.attached.contains_key(index) && !self.leaving.contains_key(index) {
                 self.attach(*index, interface).await?;
             }
         }
         self.follow_mtu(&state).await?;
         self.follow_addresses(&state).await?;
-        self.tell(&state).await
+        self.tell(&state).await?;
+        self.none_is_stuck(&state)
     }
 
-    async fn read(&self) -> Result<NetworkState, NetworkError> {
-        let ours: BTreeSet<u32> = self.attached.values().map(|one| one.tap).collect();
-        self.inside(move |netlink| NetworkState::read(netlink, |index| ours.contains(&index)))
-            .await?
+    /// What the namespace has, and the interfaces whose frames no longer go to the guest though
+    /// they were joined to it: they were in another namespace meanwhile, or another program has
+    /// taken the redirection away.
+    async fn read(&self) -> Result<(NetworkState, BTreeSet<u32>), NetworkError> {
+        let all = self.attached.values().chain(self.leaving.values());
+        let ours: BTreeSet<u32> = all.map(|one| one.tap).collect();
+        let joined: Vec<u32> = self.attached.keys().copied().collect();
+        self.inside(move |netlink| {
+            let state = NetworkState::read(netlink, |index| ours.contains(&index))?;
+            let mut lost = BTreeSet::new();
+            for index in joined {
+                let redirected = is_redirected(index, netlink);
+                if !redirected.map_err(|cause| NetworkError::Read {
+                    what: "redirections",
+                    cause: Arc::new(cause),
+                })? {
+                    lost.insert(index);
+                }
+            }
+            Ok((state, lost))
+        })
+        .await?
+    }
+
+    /// The next look tries again.
+    fn none_is_stuck(&self, state: &NetworkState) -> Result<(), NetworkError> {
+        let stuck = |(index, interface)| self.leaving.contains_key(index).then_some(interface);
+        match state.interfaces.iter().find_map(stuck) {
+            None => Ok(()),
+            Some(interface) => Err(NetworkError::Interface {
+                interface: interface.name.clone(),
+                step: "change the device",
+                cause: "the guest does not let go of the one that it has".into(),
+            }),
+        }
     }
 
     async fn tell(&mut self, state: &NetworkState) -> Result<(), NetworkError> {
@@ -114,25 +163,19 @@ impl Joined {
             .inside(move |netlink| join(index, &wanted, queues, &own, netlink))
             .await??;
         let tap_index = tap.index;
-        let plugged = self.plug(tap, interface).await;
-        let (slot, name) = match plugged {
-            Ok(plugged) => plugged,
+        let slot = match self.plug(tap, interface).await {
+            Ok(slot) => slot,
             Err(error) => {
                 self.part(vec![index]).await;
                 return Err(error);
             }
         };
-        tracing::info!(
-            interface = interface.name,
-            slot = slot.slot,
-            "joined to the guest"
-        );
         let device = Device {
             id: self.next_id,
-            name,
+            name: String::new(),
         };
         self.next_id += 1;
-        let attached = Attached {
+        let mut attached = Attached {
             device,
             slot,
             tap: tap_index,
@@ -141,39 +184,44 @@ impl Joined {
             mtu: interface.mtu,
             senders,
         };
+        match self.take_into_use(slot).await {
+            Ok(name) => attached.device.name = name,
+            Err(cause) => {
+                self.leaving.insert(index, attached);
+                self.let_go().await;
+                return Err(failed(interface, "have the guest attach a device", cause));
+            }
+        }
+        tracing::info!(
+            interface = interface.name,
+            slot = slot.slot,
+            "joined to the guest"
+        );
         self.attached.insert(index, attached);
         Ok(())
     }
 
-    async fn plug(
-        &self,
-        tap: Tap,
-        interface: &Interface,
-    ) -> Result<(PluggedSlot, String), NetworkError> {
-        let failed = |step: &'static str, cause: String| NetworkError::Interface {
-            interface: interface.name.clone(),
-            step,
-            cause,
-        };
+    async fn plug(&self, tap: Tap, interface: &Interface) -> Result<PluggedSlot, NetworkError> {
         let queues = NetQueues {
             vhosts: self.joins.settings.vhosts(tap.queues.len()),
             taps: tap.queues,
         };
         let plugged = slots::plug_net(&self.joins.folder, self.card(interface), queues);
-        let slot = plugged
-            .await
-            .map_err(|error| failed("plug a device into the virtual machine", error.to_string()))?;
-        let name = match self.joins.guest.attach_device(slot).await {
+        plugged.await.map_err(|error| {
+            failed(
+                interface,
+                "plug a device into the virtual machine",
+                error.to_string(),
+            )
+        })
+    }
+
+    /// The guest's name for it.
+    async fn take_into_use(&self, slot: PluggedSlot) -> Result<String, String> {
+        match self.joins.guest.attach_device(slot).await {
             Ok(name) if (1..=MAX_NAME).contains(&name.len()) => Ok(name),
             Ok(name) => Err(format!("it answered a name of {} bytes", name.len())),
             Err(error) => Err(error.to_string()),
-        };
-        match name {
-            Ok(name) => Ok((slot, name)),
-            Err(cause) => {
-                self.unplug(slot).await;
-                Err(failed("have the guest attach a device", cause))
-            }
         }
     }
 
@@ -190,29 +238,38 @@ impl Joined {
         Senders::of(interface, self.joins.settings.own_addresses_only)
     }
 
-    async fn unplug(&self, slot: PluggedSlot) {
-        if let Err(error) = slots::unplug(&self.joins.folder, slot).await {
-            tracing::warn!(%error, "a network device stays plugged in");
-        }
-    }
-
     /// Takes interfaces from the guest that the namespace no longer has, or has changed in a way
     /// that a device can't follow.
     async fn detach(&mut self, state: &NetworkState, gone: &[u32]) -> Result<(), NetworkError> {
-        let mut left = Vec::new();
         for index in gone {
-            left.extend(self.attached.remove(index));
+            if let Some(one) = self.attached.remove(index) {
+                self.leaving.insert(*index, one);
+            }
         }
         // The guest forgets them first. If it doesn't, they end all the same.
         let told = self.tell(state).await;
-        for one in &left {
-            if let Err(error) = self.joins.guest.detach_device(one.slot).await {
-                tracing::warn!(%error, "the guest does not let go of a network device");
-            }
-            self.unplug(one.slot).await;
-        }
-        self.part(gone.to_vec()).await;
+        self.let_go().await;
         told
+    }
+
+    /// Takes out the devices that are to go, as far as the guest lets go of them.
+    async fn let_go(&mut self) {
+        let mut out = Vec::new();
+        for (index, one) in &self.leaving {
+            if slots::take_out(&self.joins.guest, &self.joins.folder, one.slot).await {
+                out.push(*index);
+                continue;
+            }
+            // Nothing comes out of it any more, whoever may use its addresses from now on.
+            let tap = one.tap;
+            let step = "a tap stays up whose device is to go";
+            self.try_inside(step, move |netlink| set_down(tap, netlink))
+                .await;
+        }
+        self.leaving.retain(|index, _| !out.contains(index));
+        if !out.is_empty() {
+            self.part(out).await;
+        }
     }
 
     async fn follow_mtu(&mut self, state: &NetworkState) -> Result<(), NetworkError> {
@@ -227,10 +284,9 @@ impl Joined {
             let set = self
                 .inside(move |netlink| set_mtu(tap, mtu, netlink))
                 .await?;
-            set.map_err(|cause| NetworkError::Interface {
-                interface: interface.name.clone(),
-                step: "set the MTU of its tap device",
-                cause: cause.to_string(),
+            set.map_err(|cause| {
+                let step = "set the MTU of the tap device";
+                failed(interface, step, cause.to_string())
             })?;
             if let Some(one) = self.attached.get_mut(index) {
                 one.mtu = mtu;
@@ -260,22 +316,34 @@ impl Joined {
 
     /// Leaves the namespace as it was; for after the VM's end.
     pub async fn part_all(self) {
-        let all: Vec<u32> = self.attached.keys().copied().collect();
+        let all = self.attached.keys().chain(self.leaving.keys());
+        let all: Vec<u32> = all.copied().collect();
         if !all.is_empty() {
             self.part(all).await;
         }
     }
 
     async fn part(&self, interfaces: Vec<u32>) {
-        let parted = self.inside(move |netlink| {
-            for index in interfaces {
-                if let Err(error) = part(index, netlink) {
-                    tracing::warn!(%error, index, "a redirection is left in the pod's network");
-                }
-            }
-        });
-        if let Err(error) = parted.await {
-            tracing::warn!(%error, "redirections are left in the pod's network");
+        for index in interfaces {
+            let left = "a redirection is left in the pod's network";
+            self.try_inside(left, move |netlink| part(index, netlink))
+                .await;
+        }
+    }
+
+    /// Does what nothing can be done about if it fails.
+    async fn try_inside(
+        &self,
+        otherwise: &'static str,
+        work: impl FnOnce(&mut Netlink) -> Result<(), NetlinkError> + Send + 'static,
+    ) {
+        let done = self.inside(work).await;
+        let failed = match done {
+            Ok(done) => done.err().map(|error| error.to_string()),
+            Err(error) => Some(error.to_string()),
+        };
+        if let Some(error) = failed {
+            tracing::warn!(error, "{otherwise}");
         }
     }
 
@@ -290,6 +358,14 @@ impl Joined {
         done.await
             .flatten()
             .map_err(|cause| NetworkError::Namespace(Arc::new(cause)))
+    }
+}
+
+fn failed(interface: &Interface, step: &'static str, cause: String) -> NetworkError {
+    NetworkError::Interface {
+        interface: interface.name.clone(),
+        step,
+        cause,
     }
 }
 

@@ -20,6 +20,7 @@ mod netns;
 mod redirect;
 mod request;
 mod resolver;
+mod rules;
 mod senders;
 mod settings;
 mod sk_lookup;

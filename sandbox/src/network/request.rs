@@ -1,8 +1,10 @@
 //! A pod's network in the words of the agent's contract.
 
+use super::rules::Rule;
 use super::state::{Address, NetworkState};
 use bulkhead_proto::agent::{
-    NetworkAddress, NetworkInterface, NetworkNeighbour, NetworkRoute, SetNetworkRequest,
+    NetworkAddress, NetworkInterface, NetworkNeighbour, NetworkRoute, NetworkRule,
+    SetNetworkRequest,
 };
 use std::net::IpAddr;
 
@@ -45,6 +47,7 @@ pub(super) fn request(
             priority: route.priority,
             mtu: route.mtu,
             onlink: route.onlink,
+            table: route.table,
             ..Default::default()
         })
     });
@@ -60,6 +63,7 @@ pub(super) fn request(
         interfaces: interfaces.collect(),
         routes: routes.collect(),
         neighbours: neighbours.collect(),
+        rules: state.rules.iter().map(rule).collect(),
         ..Default::default()
     }
 }
@@ -71,6 +75,24 @@ fn address(address: &Address) -> NetworkAddress {
         peer: optional(address.peer),
         broadcast: optional(address.broadcast),
         scope: address.scope.into(),
+        ..Default::default()
+    }
+}
+
+fn rule(rule: &Rule) -> NetworkRule {
+    NetworkRule {
+        source: bytes(rule.source),
+        source_prefix_length: rule.source_prefix_length.into(),
+        destination: bytes(rule.destination),
+        destination_prefix_length: rule.destination_prefix_length.into(),
+        input: rule.input.clone(),
+        output: rule.output.clone(),
+        mark: rule.mark,
+        mark_mask: rule.mark_mask,
+        inverted: rule.inverted,
+        priority: rule.priority,
+        table: rule.table,
+        suppressed_prefix_length: rule.suppressed.map_or(0, |length| length.saturating_add(1)),
         ..Default::default()
     }
 }

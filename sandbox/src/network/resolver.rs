@@ -20,7 +20,8 @@ const MAX_QUERIES: usize = 32;
 /// How long the name server may take, which may have to ask others.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Ports of a name server.
+/// Ports of a name server. A daemon that is started anew gives it others, of which nobody tells: so
+/// they are looked up for each query.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Server {
     udp: u16,
@@ -31,8 +32,8 @@ struct Server {
 pub(super) struct Resolver {
     netns: Netns,
     guest: Arc<Guest>,
-    /// The server that is asked, and the task that does.
-    asked: Option<(Server, JoinSet<()>)>,
+    /// The task that asks, as long as there is a server.
+    asking: Option<JoinSet<()>>,
 }
 
 impl Resolver {
@@ -41,39 +42,40 @@ impl Resolver {
         Self {
             netns,
             guest,
-            asked: None,
+            asking: None,
         }
     }
 
     /// Looks again. Must be called on the runtime.
     pub async fn look(&mut self) -> Result<(), AgentError> {
-        let found = Server::of_process(self.guest.vmm.process.pid);
-        if let Some((server, task)) = &mut self.asked
-            && found == Some(*server)
+        let found = self.netns.later(Server::here).await;
+        let found = found.ok().flatten();
+        if let Some(task) = &mut self.asking
+            && found.is_some()
             && task.try_join_next().is_none()
         {
             return Ok(());
         }
         // The guest's end goes with its connection.
-        self.asked = None;
+        self.asking = None;
         let Some(server) = found else {
             return Ok(());
         };
         let agent = self.guest.open_resolver().await?;
         let mut task = JoinSet::new();
-        task.spawn(serve(agent, self.netns.clone(), server));
-        self.asked = Some((server, task));
+        task.spawn(serve(agent, self.netns.clone()));
+        self.asking = Some(task);
         tracing::info!(?server, "the guest asks the namespace's name server");
         Ok(())
     }
 }
 
 impl Server {
-    /// In the network namespace of a process's: what has its sockets on the address that Docker's
+    /// In the calling thread's network namespace: what has its sockets on the address that Docker's
     /// has, whose port is any. (Rules of a packet filter lead there from port 53.)
-    fn of_process(pid: u32) -> Option<Self> {
+    fn here() -> Option<Self> {
         let table = |name: &str| {
-            std::fs::read_to_string(format!("/proc/{pid}/net/{name}")).unwrap_or_default()
+            std::fs::read_to_string(format!("/proc/thread-self/net/{name}")).unwrap_or_default()
         };
         Some(Self {
             udp: listener(&table("udp"))?,
@@ -107,7 +109,7 @@ fn listener(table: &str) -> Option<u16> {
 }
 
 /// Asks what the agent sends, until it ends.
-async fn serve(agent: UnixStream, netns: Netns, server: Server) {
+async fn serve(agent: UnixStream, netns: Netns) {
     let (mut queries, mut back) = agent.into_split();
     let (done, mut answers) = mpsc::channel::<Vec<u8>>(1);
     let mut tasks = JoinSet::new();
@@ -126,7 +128,7 @@ async fn serve(agent: UnixStream, netns: Netns, server: Server) {
         while tasks.try_join_next().is_some() {}
         let (netns, done) = (netns.clone(), done.clone());
         tasks.spawn(async move {
-            let answer = netns.later(move || ask(server, kind, &query)).await;
+            let answer = netns.later(move || ask(kind, &query)).await;
             let answer = answer.flatten().unwrap_or_else(|error| {
                 tracing::debug!(%error, "a name was not asked for");
                 Vec::new()
@@ -151,7 +153,8 @@ async fn next(queries: &mut OwnedReadHalf) -> io::Result<(u32, u8, Vec<u8>)> {
 }
 
 /// In the namespace, and on a thread that may wait.
-fn ask(server: Server, kind: u8, query: &[u8]) -> io::Result<Vec<u8>> {
+fn ask(kind: u8, query: &[u8]) -> io::Result<Vec<u8>> {
+    let server = Server::here().ok_or(io::ErrorKind::ConnectionRefused)?;
     let address = server.address(kind)?;
     if kind == RESOLVER_TCP {
         return ask_by_tcp(address, query);
@@ -200,15 +203,15 @@ mod tests {
         assert_eq!(listener(""), None);
     }
 
-    #[test]
-    fn both_ways_of_asking_get_their_answer() {
+    /// A name server, in the calling thread's namespace, that answers once by each way: the query
+    /// backwards.
+    fn server() -> Server {
         let udp = UdpSocket::bind((RESOLVER_ADDRESS, 0)).unwrap();
         let tcp = std::net::TcpListener::bind((RESOLVER_ADDRESS, 0)).unwrap();
         let server = Server {
             udp: udp.local_addr().unwrap().port(),
             tcp: Some(tcp.local_addr().unwrap().port()),
         };
-        assert_eq!(Server::of_process(std::process::id()), Some(server));
         std::thread::spawn(move || {
             let mut query = [0; 16];
             let (length, from) = udp.recv_from(&mut query).unwrap();
@@ -220,7 +223,36 @@ mod tests {
             query[2..].reverse();
             stream.write_all(&query).unwrap();
         });
-        assert_eq!(ask(server, 0, b"abc").unwrap(), b"cba");
-        assert_eq!(ask(server, RESOLVER_TCP, b"def").unwrap(), b"fed");
+        server
+    }
+
+    #[test]
+    fn both_ways_of_asking_get_their_answer_from_whoever_serves_now() {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("SKIPPED 1 test: it needs root");
+            return;
+        }
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+        let mut up = std::process::Command::new("ip");
+        assert!(
+            up.args(["link", "set", "lo", "up"])
+                .status()
+                .unwrap()
+                .success()
+        );
+        assert_eq!(Server::here(), None);
+        assert!(ask(0, b"abc").is_err());
+        // The second time as after a start of the daemon: other ports.
+        for _ in 0..2 {
+            let server = server();
+            assert_eq!(Server::here(), Some(server));
+            assert_eq!(ask(0, b"abc").unwrap(), b"cba");
+            assert_eq!(ask(RESOLVER_TCP, b"def").unwrap(), b"fed");
+            let end = std::time::Instant::now() + PATIENCE;
+            while Server::here().is_some() {
+                assert!(std::time::Instant::now() < end, "the server stays");
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        }
     }
 }

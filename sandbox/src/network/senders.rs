@@ -5,8 +5,8 @@
 //!
 //! Always checked is the sender's link-layer address. Beside it, unless the pod may send from any
 //! address: the sender in IPv4 and IPv6 headers, and what ARP (RFC 826) and neighbour discovery
-//! (RFC 4861) say about whose address is where. Frames of other protocols, router advertisements
-//! and redirects are dropped then: a pod is no router.
+//! (RFC 4861) say about whose address is where. Frames of other protocols or with a VLAN's tag, router
+//! advertisements and redirects are dropped then: a pod is no router.
 
 use super::filter::{Assembler, At, Instruction, Label, Size};
 use super::state::Interface;
@@ -181,6 +181,9 @@ impl Writer {
 
     fn addresses(&mut self, own: &Addresses) {
         let [ip4, arp, ip6, sender] = [(); 4].map(|()| self.program.label());
+        // The type that is seen here is the one behind a VLAN's tag.
+        self.program.load_tagged();
+        self.program.unless_equal(0, self.drop);
         self.program.load(Size::Half, At::Packet(TYPE));
         for (protocol, label) in [(IP4, ip4), (ARP, arp), (IP6, ip6)] {
             self.program.if_equal(protocol, label);

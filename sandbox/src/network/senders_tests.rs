@@ -114,7 +114,11 @@ fn discovery(
 }
 
 fn verdict(senders: &Senders, frame: &[u8]) -> bool {
-    match run(&senders.program().unwrap(), frame) {
+    verdict_of(senders, frame, false)
+}
+
+fn verdict_of(senders: &Senders, frame: &[u8], tagged: bool) -> bool {
+    match run(&senders.program().unwrap(), frame, tagged) {
         PASS => true,
         DROP => false,
         other => panic!("{other}"),
@@ -308,6 +312,8 @@ fn frames_of_the_interfaces_own_pass_and_no_others() {
         assert_eq!(verdict(&senders, &frame), passes, "{name}: {frame:02x?}");
         assert_eq!(wanted(&frame).unwrap_or(false), passes, "{name}, again");
         assert!(verdict(&any, &frame), "{name}");
+        assert!(!verdict_of(&senders, &frame, true), "{name}, in a VLAN");
+        assert!(verdict_of(&any, &frame, true), "{name}, in a VLAN");
         let mut stolen = frame.clone();
         stolen[6..12].copy_from_slice(&OTHER_MAC);
         assert!(

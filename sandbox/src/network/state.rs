@@ -1,6 +1,7 @@
 //! What is in the pod's network namespace, as CNI left it: what the guest is to have too.
 
 use super::NetworkError;
+use super::rules::{self, Rule};
 use bulkhead_netlink::Netlink;
 use bulkhead_netlink::route::address::{AddressAttribute, AddressFlags, AddressMessage};
 use bulkhead_netlink::route::link::{
@@ -10,8 +11,8 @@ use bulkhead_netlink::route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
 };
 use bulkhead_netlink::route::route::{
-    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric,
-    RouteNextHopFlags, RouteType,
+    RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteMetric, RouteNextHopFlags,
+    RouteType,
 };
 use bulkhead_netlink::route::{AddressFamily, RouteNetlinkMessage as Message};
 use std::collections::BTreeMap;
@@ -28,6 +29,9 @@ pub(super) struct NetworkState {
     pub interfaces: BTreeMap<u32, Interface>,
     pub routes: Vec<Route>,
     pub neighbours: Vec<Neighbour>,
+    pub rules: Vec<Rule>,
+    /// What the guest can't have, in words.
+    pub left_out: Vec<String>,
 }
 
 /// An interface that Ethernet frames go through.
@@ -55,6 +59,7 @@ pub(super) struct Address {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Route {
     pub interface: u32,
+    pub table: u32,
     pub destination: IpAddr,
     pub prefix_length: u8,
     pub gateway: Option<IpAddr>,
@@ -122,6 +127,16 @@ impl NetworkState {
         let interfaces = &state.interfaces;
         let known = |index: u32| interfaces.contains_key(&index);
         state.routes.retain(|route| known(route.interface));
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            for message in dump("rules", Message::GetRule(rules::request(family)))? {
+                if let Message::NewRule(message) = message {
+                    match rules::rule(&message) {
+                        Ok(rule) => state.rules.extend(rule),
+                        Err(what) => state.left_out.push(what),
+                    }
+                }
+            }
+        }
         for message in dump(
             "neighbours",
             Message::GetNeighbour(NeighbourMessage::default()),
@@ -191,8 +206,9 @@ fn address(message: &AddressMessage) -> Option<Address> {
     })
 }
 
-/// The routes of the main table that lead out of an interface: one for each next hop. Those that
-/// the kernel made of an address belong to it: the agent gives addresses without them.
+/// The routes that lead out of an interface: one for each next hop. Those that the kernel made of
+/// an address belong to it: the agent gives addresses without them. Those of the local table the
+/// guest's kernel makes by itself.
 fn routes(message: &RouteMessage) -> Vec<Route> {
     let header = &message.header;
     let unspecified = match header.address_family {
@@ -203,10 +219,10 @@ fn routes(message: &RouteMessage) -> Vec<Route> {
     if header.kind != RouteType::Unicast || header.flags.contains(RouteFlags::Cloned) {
         return Vec::new();
     }
-    let mut table = u32::from(header.table);
     let mut hops = Vec::new();
     let mut route = Route {
         interface: 0,
+        table: u32::from(header.table),
         destination: unspecified,
         prefix_length: header.destination_prefix_length,
         gateway: None,
@@ -218,7 +234,7 @@ fn routes(message: &RouteMessage) -> Vec<Route> {
     };
     for attribute in &message.attributes {
         match attribute {
-            RouteAttribute::Table(number) => table = *number,
+            RouteAttribute::Table(number) => route.table = *number,
             RouteAttribute::Destination(to) => {
                 route.destination = ip(to).unwrap_or(unspecified);
             }
@@ -231,7 +247,7 @@ fn routes(message: &RouteMessage) -> Vec<Route> {
             other => to_hop(&mut route, other),
         }
     }
-    if table != u32::from(RouteHeader::RT_TABLE_MAIN) {
+    if route.table == u32::from(libc::RT_TABLE_LOCAL) {
         return Vec::new();
     }
     if hops.is_empty() {

@@ -79,6 +79,14 @@ pub(super) fn set_mtu(index: u32, mtu: u32, netlink: &mut Netlink) -> Result<(),
     netlink.change(RouteNetlinkMessage::SetLink(up), 0)
 }
 
+/// Has nothing get through one whose descriptors are with the VMM.
+pub(super) fn set_down(index: u32, netlink: &mut Netlink) -> Result<(), NetlinkError> {
+    let mut down = LinkMessage::default();
+    down.header.index = index;
+    down.header.change_mask = LinkFlags::Up;
+    netlink.change(RouteNetlinkMessage::SetLink(down), 0)
+}
+
 /// One queue of the device `name`, which the first one makes.
 fn attach(name: &str, flags: libc::c_int) -> io::Result<File> {
     let file = OpenOptions::new()

@@ -29,6 +29,8 @@ pub struct FakeAgent {
     generations: Mutex<Vec<Vec<u8>>>,
     /// Answers to `Identify` with another id than it was given.
     pub misidentifies: AtomicBool,
+    /// Doesn't let go of devices.
+    pub clings: AtomicBool,
 }
 
 struct Process {
@@ -220,6 +222,42 @@ impl Agent for Handle {
             generation_id,
             ..Default::default()
         })
+    }
+
+    async fn attach_device(
+        &self,
+        _: &TtrpcContext,
+        request: agent::AttachDeviceRequest,
+    ) -> ttrpc::Result<agent::AttachDeviceResponse> {
+        let number = request.slot.number;
+        self.0.note(format!("attach {number}"));
+        Ok(agent::AttachDeviceResponse {
+            name: format!("card{number}"),
+            ..Default::default()
+        })
+    }
+
+    async fn detach_device(
+        &self,
+        _: &TtrpcContext,
+        request: agent::DetachDeviceRequest,
+    ) -> ttrpc::Result<agent::DetachDeviceResponse> {
+        self.0.note(format!("detach {}", request.slot.number));
+        if self.0.clings.load(Ordering::Relaxed) {
+            return Err(status(ttrpc::Code::INTERNAL, "its driver hangs"));
+        }
+        Ok(agent::DetachDeviceResponse::new())
+    }
+
+    async fn set_network(
+        &self,
+        _: &TtrpcContext,
+        request: agent::SetNetworkRequest,
+    ) -> ttrpc::Result<agent::SetNetworkResponse> {
+        let devices = request.interfaces.iter().map(|one| one.device.as_str());
+        let devices: Vec<_> = devices.collect();
+        self.0.note(format!("network {}", devices.join(" ")));
+        Ok(agent::SetNetworkResponse::new())
     }
 
     async fn create(

@@ -119,7 +119,7 @@ fn bad_uris(checks: &mut Checks, bundle: &Bundle, shim: &Shim<'_>) {
 }
 
 /// What goes through stdin and back: more than all buffers on the way together, many times over.
-const VOLUME: usize = 20 << 20;
+const VOLUME: usize = 6 << 20;
 
 /// That many bytes in numbered lines of 16.
 fn numbered_lines(bytes: usize) -> String {
@@ -139,7 +139,7 @@ fn close_stdin(bundle: &Bundle, shim: &Shim<'_>, exec: &str) {
 }
 
 fn volume(checks: &mut Checks, bundle: &Bundle, shim: &Shim<'_>) {
-    checks.check("20 MiB through stdin and back are the same bytes", || {
+    checks.check("6 MiB through stdin and back are the same bytes", || {
         let mut stdin = WriteFifo::make(&bundle.beside("in")).unwrap();
         let out = ReadFifo::make(&bundle.beside("out")).unwrap();
         shim.exec(

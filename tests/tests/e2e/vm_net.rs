@@ -23,7 +23,7 @@ const MAC: [u8; 6] = [0x02, 0x42, 0x0a, 0x09, 0, 2];
 const HOST: &str = "10.9.0.1";
 const GUEST: &str = "10.9.0.2";
 /// Each way. Where kernel mode is emulated, each copy of a MiB takes a guest some seconds.
-const TRANSFER: usize = 1 << 20;
+const TRANSFER: usize = 1 << 19;
 /// A bound for a loaded machine whose KVM emulates kernel mode.
 const SLOW: Duration = Duration::from_secs(240);
 

@@ -1,6 +1,6 @@
 //! Frames to the guest.
 
-use super::super::buffers::{Buffers, Segments};
+use super::super::buffers::{Buffers, ChainError, Segments};
 use super::super::queue::{RingError, Virtqueue};
 use super::super::worker::WorkerContext;
 use super::device::NetCounters;
@@ -115,6 +115,11 @@ impl Receiver {
                 };
                 let Buffers { head, writable, .. } = Buffers::collect(chain, mem, MAX_DESCRIPTORS)?;
                 let len = writable.len();
+                // §5.1.6.3.1. Without this, chains without room would be tried again and again.
+                if len < HEADER {
+                    let what = "the header of a frame";
+                    return Err(ChainError::TooShort { head, what }.into());
+                }
                 self.room += len;
                 self.waiting.push_back(Waiting {
                     head,

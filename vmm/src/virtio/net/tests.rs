@@ -207,6 +207,23 @@ fn a_frame_too_long_for_its_buffer_is_lost_and_the_next_arrives() {
 }
 
 #[test]
+fn chains_without_room_for_a_header_break_the_ring() {
+    for (features, len) in [(MERGEABLE, 0), (MERGEABLE, 11), (0, 11)] {
+        let mut driver = Driver::new(config(), 1, features);
+        for _ in 0..256 {
+            driver.queues[0].add(&[Desc::writable(BUFFERS, len)]);
+        }
+        driver.queues[0].kick();
+        driver.arrives(0, &[1; 60]);
+        wait_until("a reset is needed", || {
+            driver.interrupt.reset_needed().then_some(())
+        });
+        assert_eq!(driver.queues[0].used(), None);
+        assert_eq!(driver.counters.read().lost_frames, 0);
+    }
+}
+
+#[test]
 fn only_the_card_s_own_frames_are_sent() {
     let mut driver = Driver::new(config(), 1, 0);
     driver.send(1, &frame(MAC, 1));

@@ -46,6 +46,9 @@ impl Link {
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET)
             .context(|| "make a network namespace".into())?;
         ip("link set lo up")?;
+        // How large the frames are and when they come must not hang on what the host prefers: some
+        // paces every stream. Every kernel has this one.
+        set("/proc/sys/net/ipv4/tcp_congestion_control", "reno")?;
         let listener = TcpListener::bind(("0.0.0.0", ECHO_PORT));
         let listener = listener.context(|| format!("listen on port {ECHO_PORT}"))?;
         std::thread::spawn(move || {
@@ -106,8 +109,15 @@ impl Link {
 
 /// Nothing but what is measured: no router solicitations and the like.
 fn quiet(device: &str) -> Result<()> {
-    let path = format!("/proc/sys/net/ipv6/conf/{device}/disable_ipv6");
-    match std::fs::write(&path, "1") {
+    set(
+        &format!("/proc/sys/net/ipv6/conf/{device}/disable_ipv6"),
+        "1",
+    )
+}
+
+/// Writes a setting of the kernel's, where it is known.
+fn set(path: &str, value: &str) -> Result<()> {
+    match std::fs::write(path, value) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
             Err(error).context(|| format!("write {path}"))
         }

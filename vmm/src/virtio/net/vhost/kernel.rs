@@ -170,13 +170,13 @@ impl Kernel {
         Ok(())
     }
 
-    /// Has frames move between the queues and the tap, or no longer.
+    /// Has frames move between the queues and the tap, or no longer. A queue that fails doesn't
+    /// keep the other from its change.
     pub fn connect(&self, tap: Option<&File>) -> Result<(), VhostError> {
-        for index in [RECEIVE, TRANSMIT] {
-            self.set_backend(index, tap)
-                .map_err(failed("VHOST_NET_SET_BACKEND"))?;
-        }
-        Ok(())
+        let done = [RECEIVE, TRANSMIT].map(|index| self.set_backend(index, tap));
+        done.into_iter()
+            .collect::<Result<_, _>>()
+            .map_err(failed("VHOST_NET_SET_BACKEND"))
     }
 }
 
