@@ -14,6 +14,27 @@ use std::path::{Path, PathBuf};
 /// Bytes of the volume in memory.
 const MEMORY: u64 = 1 << 20;
 
+/// The host's Perl, from a volume with the host's /usr: busybox has no program for locks of fcntl(2).
+const PERL: &str =
+    "/usr/lib64/ld-linux-x86-64.so.2 --library-path /usr/lib/x86_64-linux-gnu /usr/bin/perl";
+
+/// Perl's arguments of fcntl(2) that lock a whole file without waiting: F_SETLK, and a struct flock
+/// with F_WRLCK.
+const LOCK_ALL: &str = "6, pack('s s x4 q q i x4', 1, 0, 0, 0, 0)";
+
+/// What container `one` does: takes a lock of either kind, tells so by a file, and gives both up once
+/// something is written to its FIFO. Its first process does, so that nothing else ends them.
+fn holder() -> String {
+    format!(
+        "mkfifo /tmp/release; exec {PERL} -e \" \
+            open(F, '>>', '/empty/flock') and flock(F, 2 | 4) or die; \
+            open(P, '>>', '/empty/posix') and fcntl(P, {LOCK_ALL}) or die; \
+            open(H, '>', '/empty/held') and close(H) or die; \
+            open(R, '<', '/tmp/release') or die; <R>; \
+            close(F); close(P); unlink('/empty/held'); sleep\""
+    )
+}
+
 /// The pod's folders on the host. Dropping it takes its mounts away.
 struct Volumes(PathBuf);
 
@@ -68,7 +89,11 @@ impl Volumes {
     }
 
     fn container(&self, name: &str) -> ContainerConfig {
-        let mut config = shell_container(name, "exec sleep 100000");
+        let script = match name {
+            "one" => holder(),
+            _ => "exec sleep 100000".to_owned(),
+        };
+        let mut config = shell_container(name, &script);
         let volume = |from: &str, to: &str, readonly: bool| Mount {
             container_path: to.into(),
             host_path: self.path(from).display().to_string(),
@@ -84,6 +109,12 @@ impl Volumes {
             volume("empty", "/empty", false),
             volume("empty/sub", "/sub", true),
             volume("config", "/config", true),
+            Mount {
+                container_path: "/usr".into(),
+                host_path: "/usr".into(),
+                readonly: true,
+                ..Default::default()
+            },
             Mount {
                 container_path: "/cache".into(),
                 host_path: self.memory().display().to_string(),
@@ -140,6 +171,7 @@ pub fn run(checks: &mut Checks, artifacts: &Artifacts) {
     };
     shared(checks, &client, &volumes, (&one, &two));
     met(checks, &client, (&one, &two));
+    locks(checks, &client, (&one, &two));
     updated(checks, &client, &volumes, &one);
     propagation(checks, &client, &volumes, &one);
     refused(checks, &pod, &volumes);
@@ -179,6 +211,29 @@ fn met(checks: &mut Checks, client: &Client, (one, two): (&str, &str)) {
         client.shell(two, &format!("{log}; logger from two"));
         client.shell(two, &until("grep -q 'from two' /empty/messages"));
         client.shell(one, "killall syslogd");
+    });
+}
+
+/// Locks that one container has are locks to the other one.
+fn locks(checks: &mut Checks, client: &Client, (one, two): (&str, &str)) {
+    let posix = format!(
+        "{PERL} -e \"open(P, '>>', '/empty/posix') or die; \
+            print fcntl(P, {LOCK_ALL}) ? 'taken' : 'refused ' . (\\$! + 0)\""
+    );
+    let flock = "flock -n /empty/flock true && echo taken || echo refused";
+    let tried = || [client.shell(two, flock), client.shell(two, &posix)];
+    let name = "a lock of flock(2) or fcntl(2) that one container has, the other one can't take";
+    let held = checks.require(name, || {
+        client.shell(two, &until("[ -e /empty/held ]"));
+        assert_eq!(tried(), ["refused", "refused 11"]);
+    });
+    if held.is_none() {
+        return;
+    }
+    checks.check("it can once the lock was given up", || {
+        client.shell(one, "echo >/tmp/release");
+        client.shell(two, &until("[ ! -e /empty/held ]"));
+        assert_eq!(tried(), ["taken", "taken"]);
     });
 }
 

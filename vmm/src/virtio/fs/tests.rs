@@ -21,10 +21,10 @@ pub(super) const GETATTR: u32 = 3;
 pub(super) const SETATTR: u32 = 4;
 const READLINK: u32 = 5;
 pub(super) const SYMLINK: u32 = 6;
-const MKNOD: u32 = 8;
+pub(super) const MKNOD: u32 = 8;
 pub(super) const MKDIR: u32 = 9;
 pub(super) const UNLINK: u32 = 10;
-const RMDIR: u32 = 11;
+pub(super) const RMDIR: u32 = 11;
 pub(super) const RENAME: u32 = 12;
 pub(super) const LINK: u32 = 13;
 pub(super) const OPEN: u32 = 14;
@@ -192,6 +192,17 @@ impl Client {
     #[track_caller]
     pub(super) fn ok(&mut self, opcode: u32, node: u64, body: Body) -> Vec<u8> {
         self.send(opcode, node, body).unwrap()
+    }
+
+    /// Takes lookups of a node back.
+    pub(super) fn forget(&mut self, node: u64, count: u64) {
+        let message = self.message(FORGET, node, &count.to_le_bytes());
+        let sent = self.mem.write_slice(&message, GuestAddress(REQUEST));
+        sent.unwrap();
+        let len = message.len() as u32;
+        self.priority.add(&[Desc::readable(REQUEST, len)]);
+        self.priority.kick();
+        assert_eq!(self.priority.wait_used().1, 0);
     }
 
     /// Node id of a name in a folder.
@@ -576,15 +587,7 @@ fn messages_without_sense_are_answered_or_dropped() {
         Err(libc::ENOMEM)
     );
     // FORGET has no answer and comes on its own queue.
-    let message = client.message(FORGET, ROOT, &u64::MAX.to_le_bytes());
-    client
-        .mem
-        .write_slice(&message, GuestAddress(REQUEST))
-        .unwrap();
-    let len = message.len() as u32;
-    client.priority.add(&[Desc::readable(REQUEST, len)]);
-    client.priority.kick();
-    assert_eq!(client.priority.wait_used().1, 0);
+    client.forget(ROOT, u64::MAX);
     client.ok(GETATTR, ROOT, body().u32(0).u32(0).u64(0));
     assert!(!client.interrupt.reset_needed());
 }
