@@ -14,25 +14,33 @@ use std::path::{Path, PathBuf};
 /// Bytes of the volume in memory.
 const MEMORY: u64 = 1 << 20;
 
-/// The host's Perl, from a volume with the host's /usr: busybox has no program for locks of fcntl(2).
-const PERL: &str =
-    "/usr/lib64/ld-linux-x86-64.so.2 --library-path /usr/lib/x86_64-linux-gnu /usr/bin/perl";
+/// The host's Perl, from a volume with the host's /usr, with [`LOCKS`]: busybox, as Debian builds it,
+/// has no program for locks.
+const PERL: &str = "/usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2 \
+    --library-path /usr/lib/x86_64-linux-gnu /usr/bin/perl /empty/locks.pl";
 
-/// Perl's arguments of fcntl(2) that lock a whole file without waiting: F_SETLK, and a struct flock
-/// with F_WRLCK.
-const LOCK_ALL: &str = "6, pack('s s x4 q q i x4', 1, 0, 0, 0, 0)";
+/// Tries to lock two files without waiting, one by flock(2), LOCK_EX and LOCK_NB, and one by fcntl(2),
+/// F_SETLK with a struct flock of F_WRLCK, and prints for each the errno, or 0. With `hold` it must get
+/// both, tells so by a file, and gives them up once something is written to a FIFO.
+const LOCKS: &str = r#"
+open(F, '>>', '/empty/flock') or die;
+open(P, '>>', '/empty/posix') or die;
+my $lock = pack('s s x4 q q i x4', 1, 0, 0, 0, 0);
+my $flock = flock(F, 2 | 4) ? 0 : $! + 0;
+my $posix = fcntl(P, 6, $lock) ? 0 : $! + 0;
+print "$flock $posix";
+exit if $ARGV[0] ne 'hold';
+$flock || $posix and die;
+open(H, '>', '/empty/held') && close(H) or die;
+open(R, '<', '/tmp/release') or die;
+<R>;
+close(F); close(P); unlink('/empty/held');
+sleep;
+"#;
 
-/// What container `one` does: takes a lock of either kind, tells so by a file, and gives both up once
-/// something is written to its FIFO. Its first process does, so that nothing else ends them.
+/// What container `one` does. Its first process has the locks, so that nothing else ends them.
 fn holder() -> String {
-    format!(
-        "mkfifo /tmp/release; exec {PERL} -e \" \
-            open(F, '>>', '/empty/flock') and flock(F, 2 | 4) or die; \
-            open(P, '>>', '/empty/posix') and fcntl(P, {LOCK_ALL}) or die; \
-            open(H, '>', '/empty/held') and close(H) or die; \
-            open(R, '<', '/tmp/release') or die; <R>; \
-            close(F); close(P); unlink('/empty/held'); sleep\""
-    )
+    format!("mkfifo /tmp/release; exec {PERL} hold")
 }
 
 /// The pod's folders on the host. Dropping it takes its mounts away.
@@ -57,6 +65,7 @@ impl Volumes {
         fs::create_dir(volumes.path("host/later")).unwrap();
         fs::write(volumes.path("file"), "of the host\n").unwrap();
         fs::write(volumes.path("empty/sub"), "by subPath\n").unwrap();
+        fs::write(volumes.path("empty/locks.pl"), LOCKS).unwrap();
         let memory = volumes.memory();
         fs::create_dir_all(&memory).unwrap();
         tmpfs(&memory, &format!("size={MEMORY}"));
@@ -216,16 +225,12 @@ fn met(checks: &mut Checks, client: &Client, (one, two): (&str, &str)) {
 
 /// Locks that one container has are locks to the other one.
 fn locks(checks: &mut Checks, client: &Client, (one, two): (&str, &str)) {
-    let posix = format!(
-        "{PERL} -e \"open(P, '>>', '/empty/posix') or die; \
-            print fcntl(P, {LOCK_ALL}) ? 'taken' : 'refused ' . (\\$! + 0)\""
-    );
-    let flock = "flock -n /empty/flock true && echo taken || echo refused";
-    let tried = || [client.shell(two, flock), client.shell(two, &posix)];
+    let tried = || client.shell(two, &format!("exec {PERL} try"));
     let name = "a lock of flock(2) or fcntl(2) that one container has, the other one can't take";
     let held = checks.require(name, || {
         client.shell(two, &until("[ -e /empty/held ]"));
-        assert_eq!(tried(), ["refused", "refused 11"]);
+        let again = libc::EAGAIN;
+        assert_eq!(tried(), format!("{again} {again}"));
     });
     if held.is_none() {
         return;
@@ -233,7 +238,7 @@ fn locks(checks: &mut Checks, client: &Client, (one, two): (&str, &str)) {
     checks.check("it can once the lock was given up", || {
         client.shell(one, "echo >/tmp/release");
         client.shell(two, &until("[ ! -e /empty/held ]"));
-        assert_eq!(tried(), ["taken", "taken"]);
+        assert_eq!(tried(), "0 0");
     });
 }
 
