@@ -81,6 +81,8 @@ svm_tests() {
     {
         printf 'export HOME=/root PATH=%q BULKHEAD_OUT=%q BULKHEAD_CONTAINERD2=%q BULKHEAD_FS_PROGRAMS=%q\n' \
             "$PATH" "$OUT" "${CONTAINERD2_BIN:-}" "${FS_PROGRAMS_BIN:-}"
+        # No udev runs there, to which dmsetup leaves the nodes of its devices otherwise.
+        printf 'export DM_DISABLE_UDEV=1\n'
         # Devices whose modules nobody asks for by another name.
         printf 'modprobe -a tun vhost_net loop dm-thin-pool\n'
         printf 'cd %q && %q' "$ROOT" "$program"

@@ -58,8 +58,10 @@ impl ThinPool {
     /// # Errors
     /// When a device can't be made.
     pub fn make(folder: &Path) -> Result<Self> {
-        // The device mapper's names are the host's.
-        let name = format!("bulkhead-test-{}", std::process::id());
+        // The device mapper's names are the host's; a process's number may be of a namespace.
+        let unique = std::fs::read_to_string("/proc/sys/kernel/random/uuid")
+            .context(|| "name the pool".into())?;
+        let name = format!("bulkhead-test-{}", unique.get(..8).unwrap_or_default());
         let mut pool = Self {
             name,
             loops: Vec::new(),
@@ -86,29 +88,42 @@ impl ThinPool {
         &self.name
     }
 
-    fn remove(&self) -> Result<()> {
+    /// Removes it, with all devices on it.
+    ///
+    /// # Errors
+    /// When somebody still has one of them.
+    pub fn remove(mut self) -> Result<()> {
+        self.take_away()
+    }
+
+    fn take_away(&mut self) -> Result<()> {
         let listed = run("dmsetup", &["ls"])?;
-        let names = listed
+        let names: Vec<&str> = listed
             .lines()
-            .filter_map(|line| line.split_whitespace().next());
+            .filter_map(|line| line.split_whitespace().next())
+            .collect();
         let on_it = format!("{}-", self.name);
-        for name in names.filter(|name| name.starts_with(&on_it)) {
+        for name in names.iter().filter(|name| name.starts_with(&on_it)) {
             run("dmsetup", &["remove", "--retry", name])?;
         }
-        run("dmsetup", &["remove", "--retry", &self.name])?;
+        if names.contains(&self.name.as_str()) {
+            run("dmsetup", &["remove", "--retry", &self.name])?;
+        }
+        for device in std::mem::take(&mut self.loops) {
+            run("losetup", &["--detach", &device])?;
+        }
         Ok(())
     }
 }
 
 impl Drop for ThinPool {
     fn drop(&mut self) {
-        if let Err(error) = self.remove() {
-            eprintln!("a thin pool stays: {error}");
+        // Taken away already.
+        if self.loops.is_empty() {
+            return;
         }
-        for device in &self.loops {
-            if let Err(error) = run("losetup", &["--detach", device]) {
-                eprintln!("a loop device stays: {error}");
-            }
+        if let Err(error) = self.take_away() {
+            eprintln!("a thin pool or a loop device stays: {error}");
         }
     }
 }

@@ -417,6 +417,13 @@ impl Containerd {
         write(&self.shim_config(), &text)
     }
 
+    /// What it has warned of, or said to have failed.
+    pub fn complaints(&self) -> String {
+        let log = self.log();
+        let bad = |line: &&str| line.contains("level=warning") || line.contains("level=error");
+        log.lines().filter(bad).collect::<Vec<_>>().join("\n")
+    }
+
     /// The last lines of its log.
     pub fn log_tail(&self, lines: usize) -> String {
         let log = self.log();

@@ -39,6 +39,9 @@ pub fn devmapper(checks: &mut Checks, artifacts: &Artifacts) {
         pool.name()
     );
     through(checks, artifacts, "devmapper", &settings);
+    checks.check("nobody has a device of the pool any more", || {
+        pool.remove().unwrap();
+    });
 }
 
 fn through(checks: &mut Checks, artifacts: &Artifacts, snapshotter: &'static str, settings: &str) {
@@ -47,7 +50,7 @@ fn through(checks: &mut Checks, artifacts: &Artifacts, snapshotter: &'static str
         let containerd =
             Containerd::start_with_snapshotter(artifacts, &release, snapshotter, settings).unwrap();
         let imported = containerd.import_busybox();
-        imported.unwrap_or_else(|error| panic!("{error}: {}", containerd.log_tail(12)));
+        imported.unwrap_or_else(|error| panic!("{error}: {}", containerd.complaints()));
         containerd
     }) else {
         return;
