@@ -456,6 +456,7 @@ mod tests {
             follows: true,
             ids: None,
             volume: None,
+            upper: false,
         }];
         make_mount_points(&folder.container_skeleton(&id), &binds).unwrap();
         let share = folder.container_share(&id);

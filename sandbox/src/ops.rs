@@ -104,7 +104,7 @@ fn share(prepared: &Prepared) -> Result<()> {
             folder.bind_volume(bind, volume)?;
             continue;
         }
-        let target = share.join(SHARE_MOUNTS).join(bind.number.to_string());
+        let target = share.join(SHARE_MOUNTS).join(bind.name());
         bind_into_share(bind, &target)?;
     }
     Ok(())

@@ -12,6 +12,7 @@ Usage: scripts/dev bench boot [--json] [--profile] [--runs N] [--timeout SECONDS
        scripts/dev bench parallel N [--json] [--cold] [--timeout SECONDS]
        scripts/dev bench task [--json] [--runs N] [--containers N] [--cold]
        scripts/dev bench storm [--json] [--execs N] [--at-once N]
+       scripts/dev bench layers [--json] [--runs N] [--mib N]
        scripts/dev bench io [--json] [--runs N] [--only SUBJECT,...] [--cases PART,...] [--profile]
        scripts/dev bench net [--json] [--runs N] [--only SUBJECT,...] [--vcpus N] [--mib N] [--profile]
        scripts/dev bench devices [FILTER]
@@ -53,6 +54,15 @@ task   One more container in a pod that runs, and the same with runc; medians of
                              further ones (8) adds; the output says more.
 storm  N execs in a row (1000) and N at once (50): what shim, VMM and agent hold before and after;
        fails when a process, thread or descriptor is left.
+layers An image's layers read by virtio-fs (`share`) and as disks (`converted`, `convert_layers` of the
+       configuration), side by side; medians of N containers (3), and the ratios:
+         convert_ms          the conversion: what the first container waits for it
+         create_ms, start_ms, create_to_exec_instructions
+                             a container's start
+         read_ms_per_mib, read_instructions_per_mib
+                             a large file's first read
+         files_ms_per_file, files_instructions_per_file
+                             the same of files of 16 KiB; the output says more
 io     fio in guests of `bulkhead` and `qemu_microvm`, interleaved, N rounds (3), and under `runc`:
        sequential and random reads and writes on a disk, on the EROFS root, on virtio-fs. Medians,
        quartiles, and Bulkhead's by QEMU's:
@@ -90,6 +100,7 @@ Examples:
   scripts/dev bench density 100
   scripts/dev bench parallel 8 --json
   scripts/dev bench task --json
+  scripts/dev bench layers --mib 16
   scripts/dev bench io --runs 1 --only bulkhead,qemu_microvm --cases block_
   scripts/dev bench io --json >io.json
   scripts/dev bench net --vcpus 2
@@ -142,7 +153,7 @@ cmd_bench() {
         esac
     done
     case ${1:-} in
-        boot | run | start | density | parallel | task | storm | io | net) ;;
+        boot | run | start | density | parallel | task | storm | layers | io | net) ;;
         plot)
             [ -x "$OUT/bin/bulkhead-bench" ] || ensure_built
             "$OUT/bin/bulkhead-bench" "$@"
@@ -156,7 +167,7 @@ cmd_bench() {
             return
             ;;
         *)
-            usage_error "bench measures 'boot', 'run', 'start', 'density', 'parallel', 'task', 'storm', 'io', 'net' or 'devices', or draws a 'plot'; not '${1:-}'" \
+            usage_error "bench measures 'boot', 'run', 'start', 'density', 'parallel', 'task', 'storm', 'layers', 'io', 'net' or 'devices', or draws a 'plot'; not '${1:-}'" \
                 "run 'scripts/dev bench --help'"
             ;;
     esac

@@ -67,8 +67,8 @@ INIT
 # svm_tests FILTER...: the end-to-end tests in such a machine; fails if one does, or none ends.
 svm_tests() {
     local work program filter
-    if ! have qemu-system-x86_64 || ! have cpio || ! have depmod; then
-        install_packages qemu-system-x86 cpio kmod
+    if ! have qemu-system-x86_64 || ! have cpio || ! have depmod || ! have dmsetup; then
+        install_packages qemu-system-x86 cpio kmod dmsetup
     fi
     # Goes with the logs, also after Ctrl-C.
     work=$TEST_LOGS/svm
@@ -81,8 +81,10 @@ svm_tests() {
     {
         printf 'export HOME=/root PATH=%q BULKHEAD_OUT=%q BULKHEAD_CONTAINERD2=%q BULKHEAD_FS_PROGRAMS=%q\n' \
             "$PATH" "$OUT" "${CONTAINERD2_BIN:-}" "${FS_PROGRAMS_BIN:-}"
+        # No udev runs there, to which dmsetup leaves the nodes of its devices otherwise.
+        printf 'export DM_DISABLE_UDEV=1\n'
         # Devices whose modules nobody asks for by another name.
-        printf 'modprobe -a tun vhost_net\n'
+        printf 'modprobe -a tun vhost_net loop dm-thin-pool\n'
         printf 'cd %q && %q' "$ROOT" "$program"
         for filter in "$@"; do printf ' %q' "$filter"; done
         printf '\n'

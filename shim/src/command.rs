@@ -7,7 +7,7 @@ use bulkhead_sandbox::template::{Key, TemplateError};
 use clap::Args;
 use serde::Serialize;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Fewest digits of a key that name an entry.
@@ -119,6 +119,22 @@ pub(crate) fn age(at: u64) -> String {
         3600..86_400 => format!("{} h ago", seconds / 3600),
         _ => format!("{} d ago", seconds / 86_400),
     }
+}
+
+/// The first line of a listing: where the entries are, whether they are in use, and what they take.
+pub fn heading(folder: &Path, enabled: bool, bytes: u64, limit: u64) -> String {
+    let state = match enabled {
+        true => "in use",
+        false => "switched off in the configuration",
+    };
+    let (mib, limit) = (bytes.div_ceil(1 << 20), limit >> 20);
+    format!("{}: {state}, {mib} of {limit} MiB\n", folder.display())
+}
+
+/// The keys of what was removed, one a line.
+pub fn removed_text<'a>(keys: impl IntoIterator<Item = &'a Key>) -> String {
+    let keys = keys.into_iter();
+    keys.map(|key| format!("{}\n", key.short())).collect()
 }
 
 #[cfg(test)]

@@ -76,8 +76,7 @@ pub fn run(command: LayerCommand) -> Result<()> {
         } => {
             let removed = remove(&find_config(&output)?, &keys, unused)?;
             render(&output, &removed, |removed| {
-                let keys = removed.removed.iter();
-                keys.map(|key| format!("{}\n", key.short())).collect()
+                command::removed_text(&removed.removed)
             })?
         }
     };
@@ -99,17 +98,8 @@ fn list(config: &Config) -> Result<Listing> {
 }
 
 fn list_text(listing: &Listing) -> String {
-    let mut text = format!(
-        "{}: {}, {} of {} MiB\n",
-        listing.layer_dir.display(),
-        if listing.enabled {
-            "in use"
-        } else {
-            "switched off in the configuration"
-        },
-        listing.bytes.div_ceil(1 << 20),
-        listing.limit_bytes >> 20
-    );
+    let (folder, bytes, limit) = (&listing.layer_dir, listing.bytes, listing.limit_bytes);
+    let mut text = command::heading(folder, listing.enabled, bytes, limit);
     if !listing.layers.is_empty() {
         text.push_str("KEY               DISK  LAST USED  STATE\n");
     }

@@ -152,8 +152,7 @@ pub fn run(command: TemplateCommand) -> Result<()> {
         } => {
             let removed = remove(&find_config(&output)?, &keys, all, stale)?;
             render(&output, &removed, |removed| {
-                let keys = removed.removed.iter();
-                keys.map(|key| format!("{}\n", key.short())).collect()
+                command::removed_text(&removed.removed)
             })?
         }
     };
@@ -258,17 +257,8 @@ fn describe_boot(size: MachineSize) -> String {
 }
 
 fn list_text(listing: &Listing) -> String {
-    let mut text = format!(
-        "{}: {}, {} of {} MiB\n",
-        listing.template_dir.display(),
-        if listing.enabled {
-            "in use"
-        } else {
-            "switched off in the configuration"
-        },
-        listing.bytes.div_ceil(1 << 20),
-        listing.limit_bytes >> 20
-    );
+    let (folder, bytes, limit) = (&listing.template_dir, listing.bytes, listing.limit_bytes);
+    let mut text = command::heading(folder, listing.enabled, bytes, limit);
     if !listing.templates.is_empty() {
         text.push_str("KEY           MEMORY  VCPUS    DISK   USES  LAST USED  STATE\n");
     }

@@ -22,6 +22,7 @@ pub mod shim;
 pub mod stats;
 pub mod storm;
 pub mod tap;
+pub mod thin_pool;
 pub mod vm;
 
 /// The containerd namespace of what this scenario starts: daemons name cgroups after it, and the

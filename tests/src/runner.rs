@@ -37,6 +37,8 @@ pub enum Need {
     VhostNet,
     /// A guest, and a current containerd beside Debian's.
     CurrentContainerd,
+    /// The same, and thin pools of the device mapper's.
+    ThinPools,
     /// A guest, and what makes networks for pods.
     Pods,
     /// The same, and a kernel with ipvlan interfaces.

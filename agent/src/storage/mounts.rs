@@ -23,14 +23,14 @@ pub(super) struct Wanted<'a> {
     source: &'a str,
     options: MountOptions,
     /// `KEY=VALUE` and `KEY`, the file system's own.
-    words: Vec<&'a str>,
+    words: Vec<String>,
 }
 
 impl<'a> Wanted<'a> {
     /// Checks `one`; `field` names its options in messages.
     pub fn new(field: &str, one: &'a StorageMount) -> Result<Self, Failure> {
-        let given = || one.options.iter().map(String::as_str);
-        let options = MountOptions::parse(given())
+        let given = one.options.iter().map(String::as_str);
+        let options = MountOptions::parse(given)
             .map_err(|(word, why)| Failure::invalid(field, format!("{word:?}: {why}")))?;
         let refused = [
             ("remount", options.remount),
@@ -43,8 +43,9 @@ impl<'a> Wanted<'a> {
                 format!("{word} has no meaning here"),
             ));
         }
-        let own = |word: &&str| !word.is_empty() && options.data.split(',').any(|one| one == *word);
-        let words = given().filter(own).collect();
+        // A word that was given may be several, by commas.
+        let words = options.data.split(',').filter(|word| !word.is_empty());
+        let words = words.map(str::to_owned).collect();
         Ok(Self {
             kind: &one.type_,
             source: &one.source,
@@ -118,7 +119,7 @@ impl<'a> Wanted<'a> {
         for word in &self.words {
             match word.split_once('=') {
                 Some((key, value)) => fsconfig_set_string(context.as_fd(), key, value),
-                None => fsconfig_set_flag(context.as_fd(), *word),
+                None => fsconfig_set_flag(context.as_fd(), word.as_str()),
             }
             .map_err(failed)?;
         }

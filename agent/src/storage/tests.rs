@@ -39,7 +39,7 @@ fn is_mount(storage: &Storage, name: &str) -> bool {
 #[test]
 fn a_containers_mounts_go_with_it_and_a_pods_stay() {
     alone(|storage| {
-        let own = tmpfs("c1/0", false, &["size=1m", "mode=2750", "uid=7", "nodev"]);
+        let own = tmpfs("c1/0", false, &["size=1m,mode=2750", "uid=7", "nodev"]);
         let mut pods = tmpfs("volumes/cache", true, &["size=64k"]);
         pods.folders.push(StorageFolder {
             path: "sub".into(),

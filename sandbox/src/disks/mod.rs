@@ -18,6 +18,7 @@ use bulkhead_proto::guest::DISKS;
 use sha2::{Digest, Sha256};
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -129,8 +130,19 @@ impl Disk {
                 cause,
             },
         };
-        let device = self.path.metadata().map_err(failed)?;
-        let device = device.file_type().is_block_device();
+        // What is looked at is what is opened then, whatever the path leads to by that time.
+        let found = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_PATH)
+            .open(&self.path)
+            .map_err(failed)?;
+        let kind = found.metadata().map_err(failed)?.file_type();
+        let device = kind.is_block_device();
+        if !device && !kind.is_file() {
+            let problem = "it is neither a file nor a block device".into();
+            let what = self.path.display().to_string();
+            return Err(DiskError::Refused { what, problem });
+        }
         let mut flags = libc::O_NONBLOCK;
         if device && !self.read_only {
             flags |= libc::O_EXCL;
@@ -139,13 +151,8 @@ impl Disk {
             .read(true)
             .write(!self.read_only)
             .custom_flags(flags)
-            .open(&self.path)
+            .open(format!("/proc/self/fd/{}", found.as_raw_fd()))
             .map_err(failed)?;
-        if !Self::exists(&self.path) {
-            let problem = "it is neither a file nor a block device".into();
-            let what = self.path.display().to_string();
-            return Err(DiskError::Refused { what, problem });
-        }
         if device {
             return Ok(file);
         }
@@ -194,7 +201,13 @@ mod tests {
         assert!(disk(false).open().is_err());
         drop(readers);
         disk(false).open().unwrap();
-        let folder = Disk::new(dir.path(), true, "c1", 0).open().unwrap_err();
-        assert!(folder.to_string().contains("neither"), "{folder}");
+        let fifo = dir.path().join("fifo");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        for other in [dir.path(), &fifo, Path::new("/dev/null")] {
+            let error = Disk::new(other, true, "c1", 0).open().unwrap_err();
+            assert!(error.to_string().contains("neither"), "{error}");
+        }
+        let missing = Disk::new(&dir.path().join("none"), true, "c1", 0).open();
+        assert!(missing.unwrap_err().to_string().contains("/none"));
     }
 }

@@ -99,8 +99,10 @@ pub(super) fn disk(snapshot: &Path, mib: u32) -> Result<PathBuf, DiskError> {
         Err(error) => return Err(failed(error.to_string())),
     }
     let draft = path.with_extension("new");
-    let made = make(&draft, mib)
-        .and_then(|()| fs::rename(&draft, &path).map_err(|error| error.to_string()));
+    let made = make(&draft, mib).and_then(|()| {
+        let renamed = fs::rename(&draft, &path).and_then(|()| sync(snapshot));
+        renamed.map_err(|error| error.to_string())
+    });
     if made.is_err() {
         let _ = fs::remove_file(&draft);
     }
@@ -108,13 +110,27 @@ pub(super) fn disk(snapshot: &Path, mib: u32) -> Result<PathBuf, DiskError> {
     Ok(path)
 }
 
+/// What is in the file or folder is on the host's disk then, and a disk that was made is there
+/// whole, or not at all, also after the host has lost its power.
+fn sync(path: &Path) -> io::Result<()> {
+    fs::File::open(path)?.sync_all()
+}
+
 fn make(path: &Path, mib: u32) -> Result<(), String> {
     let text = |error: io::Error| error.to_string();
+    let log = path.with_extension("log");
+    // What a start that was cut short has left; or anything else, as a guest may have had the folder:
+    // nothing is written through a link.
+    for left in [path, &log] {
+        match fs::remove_file(left) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.to_string()),
+            _ => {}
+        }
+    }
     let mut options = OpenOptions::new();
-    let options = options.write(true).create(true).truncate(true).mode(0o600);
+    let options = options.write(true).create_new(true).mode(0o600);
     let file = options.open(path).map_err(text)?;
     file.set_len(u64::from(mib) << 20).map_err(text)?;
-    let log = path.with_extension("log");
     // A new file is zeroes: nothing has to be written to make tables empty. Nothing is kept back for
     // a user 0, which the container's usually is.
     let mut command = Command::new(MKFS.find().map_err(|error| error.to_string())?);
@@ -122,7 +138,8 @@ fn make(path: &Path, mib: u32) -> Result<(), String> {
     command.arg("lazy_itable_init=1,lazy_journal_init=1,nodiscard");
     let made = MKFS.run(command.arg(path), &log, MKFS_TIME);
     let _ = fs::remove_file(log);
-    made.map_err(|error| error.to_string())
+    made.map_err(|error| error.to_string())?;
+    sync(path).map_err(text)
 }
 
 #[cfg(test)]
@@ -175,7 +192,13 @@ mod tests {
             return;
         }
         let dir = tempfile::tempdir().unwrap();
+        let outside = tempfile::NamedTempFile::new().unwrap();
+        fs::write(outside.path(), "kept").unwrap();
+        for name in ["bulkhead-writable.new", "bulkhead-writable.log"] {
+            std::os::unix::fs::symlink(outside.path(), dir.path().join(name)).unwrap();
+        }
         let path = disk(dir.path(), 512).unwrap();
+        assert_eq!(fs::read(outside.path()).unwrap(), b"kept");
         let found = path.metadata().unwrap();
         assert_eq!(found.len(), 512 << 20);
         assert!(found.blocks() * 512 < 4 << 20, "{} blocks", found.blocks());

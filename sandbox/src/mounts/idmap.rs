@@ -166,6 +166,7 @@ mod tests {
             follows: true,
             ids,
             volume: None,
+            upper: false,
         }
     }
 

@@ -132,6 +132,7 @@ mod tests {
 
     fn mount(device: &str, root: &str, point: &str, kind: &str) -> Mount {
         Mount {
+            number: 0,
             device: device.into(),
             root: root.into(),
             point: point.into(),

@@ -9,7 +9,7 @@ mod options;
 mod rootfs;
 
 pub(crate) use memory::MemoryVolume;
-pub(crate) use mountinfo::mounts_below;
+pub(crate) use mountinfo::{mounted_below, mounts_below};
 pub use rootfs::RootfsMount;
 pub(crate) use rootfs::mount_rootfs;
 
@@ -177,7 +177,7 @@ pub(crate) fn make_mount_points(folder: &Path, binds: &[Bind]) -> io::Result<()>
     fs::create_dir(folder.join("rootfs"))?;
     fs::create_dir(&mounts)?;
     for bind in binds.iter().filter(|bind| bind.volume.is_none()) {
-        let target = mounts.join(bind.number.to_string());
+        let target = mounts.join(bind.name());
         if bind.is_dir {
             fs::create_dir(target)?;
         } else {

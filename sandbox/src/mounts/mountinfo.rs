@@ -11,9 +11,22 @@ pub(crate) fn mounts_below(path: &Path) -> Result<Vec<PathBuf>, MountError> {
     Ok(mounts.filter(|point| point.starts_with(path)).collect())
 }
 
+/// What is mounted below the folder `source`, which may be named by way of links: the numbers of the
+/// mounts, of which no two at a time are the same.
+pub(crate) fn mounted_below(source: &Path) -> Result<Vec<u64>, MountError> {
+    let source = source
+        .canonicalize()
+        .map_err(|cause| super::failed("look at", source, None, cause))?;
+    let below = |mount: &Mount| mount.point != source && mount.point.starts_with(&source);
+    let mounts = mounts()?.into_iter();
+    Ok(mounts.filter(below).map(|mount| mount.number).collect())
+}
+
 /// A line of the table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Mount {
+    /// As long as it is mounted, no other mount has it.
+    pub number: u64,
     /// Of the file system, as `MAJOR:MINOR`.
     pub device: String,
     /// What of the file system is mounted.
@@ -33,12 +46,14 @@ pub(crate) fn mounts() -> Result<Vec<Mount>, MountError> {
 fn parse(table: &[u8]) -> impl Iterator<Item = Mount> {
     table.split(|byte| *byte == b'\n').filter_map(|line| {
         let mut fields = line.split(|byte| *byte == b' ');
-        let device = text(fields.nth(2)?);
+        let number = text(fields.next()?).parse().ok()?;
+        let device = text(fields.nth(1)?);
         let root = path(fields.next()?);
         let point = path(fields.next()?);
         // Options, any number of optional fields, a dash.
         let kind = fields.skip_while(|field| *field != b"-").nth(1)?;
         Some(Mount {
+            number,
             device,
             root,
             point,
@@ -92,6 +107,7 @@ mod tests {
         let points: Vec<_> = mounts.iter().map(|mount| mount.point.as_path()).collect();
         assert_eq!(points, [Path::new("/proc"), Path::new("/a b/c")]);
         let (last, root) = (&mounts[1], Path::new("/"));
+        assert_eq!(last.number, 23);
         assert_eq!(
             (&*last.device, &*last.kind, &*last.root),
             ("0:21", "tmpfs", root)

@@ -2,8 +2,9 @@
 
 use super::{SpecError, field, guest_bind, guest_volume, unsupported};
 use crate::ids::ContainerId;
-use crate::mounts::{MemoryVolume, MountError};
+use crate::mounts::{MemoryVolume, MountError, mounted_below};
 use bulkhead_proto::agent::StorageMount;
+use bulkhead_proto::guest::SHARE_UPPER;
 use oci_spec::runtime::{LinuxIdMapping, Mount, Spec};
 use sha2::{Digest, Sha256};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -22,7 +23,7 @@ const GUEST_DEVICES: [&str; 6] = [
 /// One host file or folder to bind into the share.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Bind {
-    /// Its number, which is its name below the container's `mounts` folder.
+    /// Its number among the container's.
     pub number: usize,
     /// On the host.
     pub source: PathBuf,
@@ -38,6 +39,18 @@ pub struct Bind {
     pub ids: Option<MountIds>,
     /// The pod's containers have it in common, under this name; see [`pod_volume`].
     pub volume: Option<String>,
+    /// An overlay's upper layer and work folder are in it, and nothing else of it is the guest's.
+    pub upper: bool,
+}
+
+impl Bind {
+    /// Its name below the container's `mounts` folder.
+    pub fn name(&self) -> String {
+        match self.upper {
+            true => format!("{SHARE_UPPER}{}", self.number),
+            false => self.number.to_string(),
+        }
+    }
 }
 
 /// From the ids of files to those that they are shown as.
@@ -120,13 +133,21 @@ fn check_propagation(mount: &Mount, at: &str) -> Result<(), SpecError> {
 /// The name of a folder that several containers of a pod may have as a volume: the same one for all
 /// that have it in the same way.
 ///
+/// A container that comes later has what the host has mounted below the folder by then, as it would
+/// on the host: with other mounts there, it is another volume. With one that follows the host's mounts
+/// they show up by themselves.
+///
 /// The file server tells files apart by the mounts that they are found through, so what two
 /// containers have through binds of their own would be two files to the guest: with sockets, FIFOs
 /// and locks that don't meet, and memory maps that don't see each other's writes.
 fn pod_volume(bind: &Bind) -> Option<String> {
     let found = bind.source.metadata().ok()?;
+    let below = match bind.recursive && !bind.follows {
+        true => mounted_below(&bind.source).ok()?,
+        false => Vec::new(),
+    };
     let of = format!(
-        "{:?} {} {} {} {} {}",
+        "{:?} {} {} {} {} {} {below:?}",
         bind.source,
         found.dev(),
         found.ino(),
@@ -200,13 +221,14 @@ pub(super) fn translate(
             follows: !has("private") && !has("rprivate"),
             ids,
             volume: None,
+            upper: false,
         };
         if in_pod && is_dir && bind.ids.is_none() {
             bind.volume = pod_volume(&bind);
         }
         mount.set_source(Some(match &bind.volume {
             Some(name) => guest_volume(name),
-            None => guest_bind(id, number),
+            None => guest_bind(id, &bind),
         }));
         sources.binds.push(bind);
     }

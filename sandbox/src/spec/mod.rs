@@ -99,12 +99,12 @@ pub fn guest_rootfs(id: &ContainerId) -> PathBuf {
     Path::new(SHARE_MOUNT).join(id).join("rootfs")
 }
 
-/// Where the container's `n`th shared bind source is in the guest.
-pub(crate) fn guest_bind(id: &ContainerId, n: usize) -> PathBuf {
+/// Where the container has `bind` in the guest.
+pub(crate) fn guest_bind(id: &ContainerId, bind: &Bind) -> PathBuf {
     Path::new(SHARE_MOUNT)
         .join(id)
         .join(SHARE_MOUNTS)
-        .join(n.to_string())
+        .join(bind.name())
 }
 
 /// Where a volume that containers of a pod have in common is in the guest.

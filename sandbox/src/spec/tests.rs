@@ -119,6 +119,7 @@ fn files_and_folders_are_bound_through_the_share() {
             follows: true,
             ids: None,
             volume: None,
+            upper: false,
         },
         Bind {
             number: 1,
@@ -129,6 +130,7 @@ fn files_and_folders_are_bound_through_the_share() {
             follows: true,
             ids: None,
             volume: None,
+            upper: false,
         },
     ];
     assert_eq!(guest.binds, wanted);
@@ -500,6 +502,24 @@ fn containers_of_a_pod_have_their_folders_in_common() {
         place.ends_with(format!("@volumes/mounts/{}", one.clone().unwrap())),
         "{place:?}"
     );
+    // What is mounted below later is a later container's, too: by another bind, unless the first one
+    // shows it by itself.
+    if nix::unistd::geteuid().is_root() {
+        let below = dir.path().join("below");
+        std::fs::create_dir(&below).unwrap();
+        let private = json!(["rbind", "rprivate"]);
+        let before = volume("container", private.clone()).0;
+        let (kind, none) = (Some("tmpfs"), nix::mount::MsFlags::empty());
+        nix::mount::mount(kind, &below, kind, none, None::<&str>).unwrap();
+        let (after, follows) = (
+            volume("container", private.clone()).0,
+            volume("container", json!(["rbind", "rw"])).0,
+        );
+        nix::mount::umount(&below).unwrap();
+        assert_ne!(after, before);
+        assert_eq!(follows, one);
+        assert_eq!(volume("container", private).0, before);
+    }
     // Who may write, and who may not, have not the same.
     assert_ne!(volume("container", json!(["rbind", "ro"])).0, one);
     assert_eq!(

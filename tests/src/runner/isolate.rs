@@ -6,6 +6,7 @@ use crate::artifacts::{self, Artifacts};
 use crate::containerd::Release;
 use crate::docker;
 use crate::leaks::Snapshot;
+use crate::thin_pool;
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, ExitCode, Stdio};
@@ -86,6 +87,9 @@ impl Obstacles {
                 .or_else(|| self.taps.clone())
                 .or_else(|| self.vhost.clone()),
             Need::CurrentContainerd => guest().or_else(|| self.containerd.clone()),
+            Need::ThinPools => guest()
+                .or_else(|| self.containerd.clone())
+                .or_else(thin_pool::obstacle),
             Need::FileSystemPrograms => {
                 guest().or_else(|| match artifacts::file_system_programs() {
                     Some(_) => None,

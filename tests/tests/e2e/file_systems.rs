@@ -1,18 +1,15 @@
 //! Public programs that test file systems, on the host and in a container: what passes on the host
 //! passes on a volume and on a disk, but for differences that are known.
 
-use super::volumes::{able, bind, inside, outside};
+use super::volumes::{end, inside, outside, running, with_a_disk};
 use bulkhead_tests::Artifacts;
 use bulkhead_tests::artifacts::file_system_programs;
 use bulkhead_tests::runner::Checks;
-use bulkhead_tests::shim::{Bundle, Shim, TaskVersion, spec};
+use bulkhead_tests::shim::{Bundle, Shim};
 use serde_json::json;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
-use std::process::Command;
-
-const V: TaskVersion = TaskVersion::V3;
 
 /// Environment variable with other groups of pjdfstest's cases than [`GROUPS`], separated by blanks:
 /// each is the name of a system call. On a KVM that emulates guest kernel mode a case takes a second
@@ -73,39 +70,17 @@ pub fn run(checks: &mut Checks, artifacts: &Artifacts) {
         )
         .unwrap();
         fs::create_dir_all(rootfs.join("tmp/host")).unwrap();
-        let volume = bundle.beside("volume");
-        fs::create_dir(&volume).unwrap();
-        let disk = bundle.beside("disk.img");
-        fs::File::create(&disk).unwrap().set_len(64 << 20).unwrap();
-        let made = Command::new("mkfs.ext4")
-            .args(["-q", "-F"])
-            .arg(&disk)
-            .status();
-        assert!(made.unwrap().success());
-        let mut spec = able(spec(&["sh", "-c", "sleep 100000; true"]));
-        let mounts = spec["mounts"].as_array_mut().unwrap();
-        mounts.push(bind(&volume, "/volume", &["rbind", "rw"]));
-        mounts.push(
-            json!({ "destination": "/disk", "type": "ext4", "source": disk, "options": ["loop"] }),
-        );
+        let (volume, disk) = (bundle.beside("volume"), bundle.beside("disk.img"));
+        let mut spec = with_a_disk(&volume, &disk, 64);
         // mknod(2) of any number, as on the host.
         spec["linux"]["resources"] = json!({ "devices": [{ "allow": true, "access": "rwm" }] });
-        bundle.set_spec(&spec).unwrap();
-        let shim = bundle.start().unwrap();
-        shim.create(V, [""; 3]).unwrap();
-        shim.start_process(V, "").unwrap();
-        shim
+        running(&bundle, &spec)
     }) else {
         return;
     };
     posix(checks, &bundle, &shim, &rootfs);
     random(checks, &bundle, &shim, &rootfs);
-    checks.check("ends", || {
-        shim.kill(V, "", 9, true).unwrap();
-        shim.wait(V, "").unwrap();
-        shim.delete(V, "").unwrap();
-        shim.shutdown(V).unwrap();
-    });
+    checks.check("ends", || end(&shim));
 }
 
 fn posix(checks: &mut Checks, bundle: &Bundle, shim: &Shim<'_>, rootfs: &Path) {

@@ -161,6 +161,11 @@ const SCENARIOS: &[Scenario] = &[
         run: snapshotters::blockfile,
     },
     Scenario {
+        name: "rootfs-devmapper",
+        needs: Need::ThinPools,
+        run: snapshotters::devmapper,
+    },
+    Scenario {
         name: "conformance",
         needs: Need::Guest,
         run: conformance::run,

@@ -4,6 +4,7 @@ use bulkhead_tests::Artifacts;
 use bulkhead_tests::containerd::{Containerd, Release};
 use bulkhead_tests::leaks::Snapshot;
 use bulkhead_tests::runner::Checks;
+use bulkhead_tests::thin_pool::ThinPool;
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
@@ -26,13 +27,30 @@ pub fn blockfile(checks: &mut Checks, artifacts: &Artifacts) {
     through(checks, artifacts, "blockfile", &settings);
 }
 
+/// A thin device for each container, with what it has in common with the image's in the pool once.
+pub fn devmapper(checks: &mut Checks, artifacts: &Artifacts) {
+    let folder = tempfile::tempdir().unwrap();
+    let Some(pool) = checks.require("a thin pool", || ThinPool::make(folder.path()).unwrap())
+    else {
+        return;
+    };
+    let settings = format!(
+        "pool_name = {:?}\nbase_image_size = \"64MB\"\n",
+        pool.name()
+    );
+    through(checks, artifacts, "devmapper", &settings);
+    checks.check("nobody has a device of the pool any more", || {
+        pool.remove().unwrap();
+    });
+}
+
 fn through(checks: &mut Checks, artifacts: &Artifacts, snapshotter: &'static str, settings: &str) {
     let Some(containerd) = checks.require("containerd unpacks an image", || {
         let release = Release::current().unwrap();
         let containerd =
             Containerd::start_with_snapshotter(artifacts, &release, snapshotter, settings).unwrap();
         let imported = containerd.import_busybox();
-        imported.unwrap_or_else(|error| panic!("{error}: {}", containerd.log_tail(12)));
+        imported.unwrap_or_else(|error| panic!("{error}: {}", containerd.complaints()));
         containerd
     }) else {
         return;
@@ -70,7 +88,9 @@ fn through(checks: &mut Checks, artifacts: &Artifacts, snapshotter: &'static str
                 .map(|line| format!("{line}\n"))
                 .collect();
             assert!(
-                !new.contains(" erofs ") && !new.contains("/dev/loop"),
+                ![" erofs ", "/dev/loop", "/dev/mapper"]
+                    .iter()
+                    .any(|part| new.contains(part)),
                 "{new}"
             );
             containerd

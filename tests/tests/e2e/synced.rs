@@ -2,11 +2,11 @@
 //! system calls. Each of them is made to take longer, so that a call in the guest that didn't wait
 //! for it would return first.
 
-use super::volumes::{able, bind};
+use super::volumes::{able, end, running, with_a_disk};
 use bulkhead_tests::Artifacts;
 use bulkhead_tests::leaks::processes_of;
 use bulkhead_tests::runner::Checks;
-use bulkhead_tests::shim::{Bundle, Shim, TaskVersion, process, spec};
+use bulkhead_tests::shim::{Bundle, Shim, TaskVersion, process};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::stat::Mode;
 use nix::unistd::{Pid, mkfifo};
@@ -112,24 +112,7 @@ pub fn run(checks: &mut Checks, artifacts: &Artifacts) {
     let bundle = Bundle::new(artifacts, "synced", "").unwrap();
     let (volume, disk) = (bundle.beside("volume"), bundle.beside("disk.img"));
     let Some(shim) = checks.require("a container with a volume and a disk", || {
-        fs::create_dir(&volume).unwrap();
-        File::create(&disk).unwrap().set_len(16 << 20).unwrap();
-        let made = Command::new("mkfs.ext4")
-            .args(["-q", "-F"])
-            .arg(&disk)
-            .status();
-        assert!(made.unwrap().success());
-        let mut spec = able(spec(&["sh", "-c", "sleep 100000; true"]));
-        let mounts = spec["mounts"].as_array_mut().unwrap();
-        mounts.push(bind(&volume, "/volume", &["rbind", "rw"]));
-        mounts.push(
-            json!({ "destination": "/disk", "type": "ext4", "source": disk, "options": ["loop"] }),
-        );
-        bundle.set_spec(&spec).unwrap();
-        let shim = bundle.start().unwrap();
-        shim.create(V, [""; 3]).unwrap();
-        shim.start_process(V, "").unwrap();
-        shim
+        running(&bundle, &with_a_disk(&volume, &disk, 16))
     }) else {
         return;
     };
@@ -227,10 +210,5 @@ pub fn run(checks: &mut Checks, artifacts: &Artifacts) {
         );
     }
     drop(trace);
-    checks.check("ends", || {
-        shim.kill(V, "", 9, true).unwrap();
-        shim.wait(V, "").unwrap();
-        shim.delete(V, "").unwrap();
-        shim.shutdown(V).unwrap();
-    });
+    checks.check("ends", || end(&shim));
 }

@@ -82,6 +82,41 @@ pub fn bind(source: &Path, destination: &str, options: &[&str]) -> Value {
     json!({ "destination": destination, "type": "bind", "source": source, "options": options })
 }
 
+/// The spec of a container that sleeps, with the folder `volume`, which is made, at /volume, and an ext4
+/// disk of `mib` MiB, which is made too, at /disk.
+pub fn with_a_disk(volume: &Path, disk: &Path, mib: u64) -> Value {
+    std::fs::create_dir(volume).unwrap();
+    let file = std::fs::File::create(disk).unwrap();
+    file.set_len(mib << 20).unwrap();
+    let mut made = Command::new("mkfs.ext4");
+    let made = made.args(["-q", "-F"]).arg(disk).status();
+    assert!(made.unwrap().success());
+    let mut spec = able(spec(&["sh", "-c", "sleep 100000; true"]));
+    let mounts = spec["mounts"].as_array_mut().unwrap();
+    mounts.push(bind(volume, "/volume", &["rbind", "rw"]));
+    mounts.push(
+        json!({ "destination": "/disk", "type": "ext4", "source": disk, "options": ["loop"] }),
+    );
+    spec
+}
+
+/// Starts the bundle's container with this spec.
+pub fn running<'a>(bundle: &'a Bundle, spec: &Value) -> Shim<'a> {
+    bundle.set_spec(spec).unwrap();
+    let shim = bundle.start().unwrap();
+    shim.create(V, [""; 3]).unwrap();
+    shim.start_process(V, "").unwrap();
+    shim
+}
+
+/// Ends the container and its shim.
+pub fn end(shim: &Shim<'_>) {
+    shim.kill(V, "", 9, true).unwrap();
+    shim.wait(V, "").unwrap();
+    shim.delete(V, "").unwrap();
+    shim.shutdown(V).unwrap();
+}
+
 pub fn files(checks: &mut Checks, artifacts: &Artifacts) {
     let bundle = Bundle::new(artifacts, "files", "").unwrap();
     let rootfs = bundle.path().join("rootfs");
@@ -107,11 +142,7 @@ pub fn files(checks: &mut Checks, artifacts: &Artifacts) {
         mounts.push(bind(&volume, "/volume", &["rbind", "rw"]));
         mounts.push(bind(&nested, "/flat", &["bind", "ro"]));
         mounts.push(bind(&nested, "/deep", &["rbind", "rro"]));
-        bundle.set_spec(&spec).unwrap();
-        let shim = bundle.start().unwrap();
-        shim.create(V, [""; 3]).unwrap();
-        shim.start_process(V, "").unwrap();
-        shim
+        running(&bundle, &spec)
     }) else {
         return;
     };
@@ -147,10 +178,7 @@ pub fn files(checks: &mut Checks, artifacts: &Artifacts) {
         );
     });
     checks.check("ends, and leaves the volumes alone", || {
-        shim.kill(V, "", 9, true).unwrap();
-        shim.wait(V, "").unwrap();
-        shim.delete(V, "").unwrap();
-        shim.shutdown(V).unwrap();
+        end(&shim);
         assert!(std::fs::read_dir(&volume).unwrap().count() > 10);
         let below = std::fs::read_to_string(nested.join("below/file"));
         nix::mount::umount(&nested.join("below")).unwrap();

@@ -7,6 +7,7 @@ mod hold;
 mod host;
 mod io;
 mod isolate;
+mod layers;
 mod net;
 mod parallel;
 mod plot;
@@ -46,6 +47,8 @@ enum Command {
     Task(task::Arguments),
     /// Execs by the thousand, and what they leave.
     Storm(storm::Arguments),
+    /// An image's layers read by virtio-fs, and converted to disks.
+    Layers(layers::Arguments),
     /// fio in guests of Bulkhead's and QEMU's, and under runc.
     Io(io::Arguments),
     /// iperf3 and a ping-pong in guests of Bulkhead's and QEMU's, and under runc.
@@ -67,6 +70,7 @@ fn main() -> ExitCode {
         Command::Parallel(arguments) => alone(|artifacts| parallel::measure(artifacts, &arguments)),
         Command::Task(arguments) => alone(|artifacts| task::measure(artifacts, &arguments)),
         Command::Storm(arguments) => alone(|artifacts| storm::measure(artifacts, &arguments)),
+        Command::Layers(arguments) => alone(|artifacts| layers::measure(artifacts, &arguments)),
         Command::Io(arguments) => alone(|artifacts| io::measure(artifacts, &arguments)),
         Command::Net(arguments) => alone(|artifacts| net::measure(artifacts, &arguments)),
         Command::Plot(arguments) => match plot::draw(&arguments) {

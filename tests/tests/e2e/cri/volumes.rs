@@ -14,6 +14,35 @@ use std::path::{Path, PathBuf};
 /// Bytes of the volume in memory.
 const MEMORY: u64 = 1 << 20;
 
+/// The host's Perl, from a volume with the host's /usr, with [`LOCKS`]: busybox, as Debian builds it,
+/// has no program for locks.
+const PERL: &str = "/usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2 \
+    --library-path /usr/lib/x86_64-linux-gnu /usr/bin/perl /empty/locks.pl";
+
+/// Tries to lock two files without waiting, one by flock(2), LOCK_EX and LOCK_NB, and one by fcntl(2),
+/// F_SETLK with a struct flock of F_WRLCK, and prints for each the errno, or 0. With `hold` it must get
+/// both, tells so by a file, and gives them up once something is written to a FIFO.
+const LOCKS: &str = r#"
+open(F, '>>', '/empty/flock') or die;
+open(P, '>>', '/empty/posix') or die;
+my $lock = pack('s s x4 q q i x4', 1, 0, 0, 0, 0);
+my $flock = flock(F, 2 | 4) ? 0 : $! + 0;
+my $posix = fcntl(P, 6, $lock) ? 0 : $! + 0;
+print "$flock $posix";
+exit if $ARGV[0] ne 'hold';
+$flock || $posix and die;
+open(H, '>', '/empty/held') && close(H) or die;
+open(R, '<', '/tmp/release') or die;
+<R>;
+close(F); close(P); unlink('/empty/held');
+sleep;
+"#;
+
+/// What container `one` does. Its first process has the locks, so that nothing else ends them.
+fn holder() -> String {
+    format!("mkfifo /tmp/release; exec {PERL} hold")
+}
+
 /// The pod's folders on the host. Dropping it takes its mounts away.
 struct Volumes(PathBuf);
 
@@ -36,6 +65,7 @@ impl Volumes {
         fs::create_dir(volumes.path("host/later")).unwrap();
         fs::write(volumes.path("file"), "of the host\n").unwrap();
         fs::write(volumes.path("empty/sub"), "by subPath\n").unwrap();
+        fs::write(volumes.path("empty/locks.pl"), LOCKS).unwrap();
         let memory = volumes.memory();
         fs::create_dir_all(&memory).unwrap();
         tmpfs(&memory, &format!("size={MEMORY}"));
@@ -68,7 +98,11 @@ impl Volumes {
     }
 
     fn container(&self, name: &str) -> ContainerConfig {
-        let mut config = shell_container(name, "exec sleep 100000");
+        let script = match name {
+            "one" => holder(),
+            _ => "exec sleep 100000".to_owned(),
+        };
+        let mut config = shell_container(name, &script);
         let volume = |from: &str, to: &str, readonly: bool| Mount {
             container_path: to.into(),
             host_path: self.path(from).display().to_string(),
@@ -84,6 +118,12 @@ impl Volumes {
             volume("empty", "/empty", false),
             volume("empty/sub", "/sub", true),
             volume("config", "/config", true),
+            Mount {
+                container_path: "/usr".into(),
+                host_path: "/usr".into(),
+                readonly: true,
+                ..Default::default()
+            },
             Mount {
                 container_path: "/cache".into(),
                 host_path: self.memory().display().to_string(),
@@ -140,6 +180,7 @@ pub fn run(checks: &mut Checks, artifacts: &Artifacts) {
     };
     shared(checks, &client, &volumes, (&one, &two));
     met(checks, &client, (&one, &two));
+    locks(checks, &client, (&one, &two));
     updated(checks, &client, &volumes, &one);
     propagation(checks, &client, &volumes, &one);
     refused(checks, &pod, &volumes);
@@ -196,6 +237,25 @@ fn met(checks: &mut Checks, client: &Client, (one, two): (&str, &str)) {
             client.shell(one, &until(&format!("grep -q 9000 {volume}/got")));
             client.shell(two, &format!("rm {volume}/pipe {volume}/got"));
         }
+    });
+}
+
+/// Locks that one container has are locks to the other one.
+fn locks(checks: &mut Checks, client: &Client, (one, two): (&str, &str)) {
+    let tried = || client.shell(two, &format!("exec {PERL} try"));
+    let name = "a lock of flock(2) or fcntl(2) that one container has, the other one can't take";
+    let held = checks.require(name, || {
+        client.shell(two, &until("[ -e /empty/held ]"));
+        let again = libc::EAGAIN;
+        assert_eq!(tried(), format!("{again} {again}"));
+    });
+    if held.is_none() {
+        return;
+    }
+    checks.check("it can once the lock was given up", || {
+        client.shell(one, "echo >/tmp/release");
+        client.shell(two, &until("[ ! -e /empty/held ]"));
+        assert_eq!(tried(), "0 0");
     });
 }
 

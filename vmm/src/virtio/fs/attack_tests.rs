@@ -252,3 +252,80 @@ fn what_the_host_changes_is_not_kept_for_long() {
     let listing = client.read(READDIRPLUS, mounts, handle, 4096).unwrap();
     assert_eq!((u64_at(&listing, 16), u64_at(&listing, 24)), (1, 1));
 }
+
+/// The host's daemons find an upper layer and its work folder by their names.
+#[test]
+fn an_upper_layer_keeps_its_name_and_its_folder() {
+    let mut client = Client::new();
+    let pair = client.share.join("c1/mounts/upper3");
+    for name in ["fs/below", "work/work"] {
+        fs::create_dir_all(pair.join(name)).unwrap();
+    }
+    let walk = |client: &mut Client, path: &str| {
+        path.split('/')
+            .fold(ROOT, |node, name| client.lookup(node, name))
+    };
+    let above = walk(&mut client, "c1/mounts/upper3");
+    // As often as the client likes: it is found anew by its name only.
+    client.forget(above, u64::MAX);
+    let above = walk(&mut client, "c1/mounts/upper3");
+    let (upper, work) = (client.lookup(above, "fs"), client.lookup(above, "work"));
+    let below = client.lookup(upper, "below");
+    let create = || body().u32(libc::O_RDWR as u32).u32(0o644).u32(0).u32(0);
+    client.ok(CREATE, upper, create().name("file"));
+    let file = client.lookup(upper, "file");
+    // struct fuse_setattr_in with FATTR_MODE.
+    let mode = [0; 6]
+        .iter()
+        .fold(body().u32(1).u32(0), |body, zero| body.u64(*zero));
+    let fields = [0, 0, 0, 0o777, 0, 0, 0, 0];
+    let mode = fields.iter().fold(mode, |body, field| body.u32(*field));
+    for (opcode, node, body) in [
+        (SYMLINK, above, body().name("link").name("/etc")),
+        (MKDIR, above, body().u32(0o755).u32(0).name("new")),
+        (
+            super::tests::MKNOD,
+            above,
+            body().u32(libc::S_IFIFO).u32(0).u32(0).u32(0).name("f"),
+        ),
+        (CREATE, above, create().name("new")),
+        (LINK, above, body().u64(file).name("linked")),
+        (UNLINK, above, body().name("fs")),
+        (super::tests::RMDIR, above, body().name("work")),
+        (RENAME, above, body().u64(above).name("fs").name("other")),
+        (RENAME, above, body().u64(work).name("fs").name("moved")),
+        (RENAME, upper, body().u64(above).name("below").name("moved")),
+        (
+            RENAME2,
+            above,
+            body()
+                .u64(upper)
+                .u32(RENAME_EXCHANGE)
+                .u32(0)
+                .name("work")
+                .name("below"),
+        ),
+        (SETATTR, above, mode),
+        (
+            SETXATTR,
+            above,
+            body().u32(1).u32(0).name("user.x").bytes(b"x"),
+        ),
+    ] {
+        assert_eq!(
+            client.send(opcode, node, body),
+            Err(libc::EPERM),
+            "{opcode}"
+        );
+    }
+    // An overlay works in both, and moves from one to the other.
+    client.ok(SYMLINK, work, body().name("link").name("/etc"));
+    client.ok(RENAME, work, body().u64(below).name("link").name("moved"));
+    assert!(pair.join("fs/below/moved").is_symlink());
+    let names = fs::read_dir(&pair)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name());
+    let mut names: Vec<_> = names.collect();
+    names.sort_unstable();
+    assert_eq!(names, ["fs", "work"]);
+}

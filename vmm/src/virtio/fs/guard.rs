@@ -12,6 +12,7 @@
 //! - bounds the buffers whose size the client chooses;
 //! - keeps an overlay's marks, which are trusted attributes in the guest, as others on the host;
 //! - has the client look soon again at what the host may change, the volumes;
+//! - keeps a folder with an overlay's upper layer and work folder as the host has made it;
 //! - numbers files by their FUSE node ids. The host's inode numbers repeat among the file systems
 //!   that are mounted below the share, which in the guest are one file system;
 //! - lacks what is not forwarded: ioctl, poll, bmap, locks and DAX mappings are answered ENOSYS. So
@@ -168,6 +169,7 @@ impl FileSystem for Guard {
         handle: Option<Handle>,
         valid: SetattrValid,
     ) -> io::Result<(stat64, Duration)> {
+        self.volumes.may_change(inode)?;
         let (mut attr, timeout) = self.inner.setattr(ctx, inode, attr, handle, valid)?;
         attr.st_ino = inode;
         Ok((attr, self.for_long(inode, timeout)))
@@ -185,6 +187,7 @@ impl FileSystem for Guard {
         parent: Inode,
         name: &CStr,
     ) -> io::Result<Entry> {
+        self.volumes.may_change(parent)?;
         check_name(name)?;
         self.inner
             .symlink(ctx, target, parent, name)
@@ -200,6 +203,7 @@ impl FileSystem for Guard {
         rdev: u32,
         umask: u32,
     ) -> io::Result<Entry> {
+        self.volumes.may_change(parent)?;
         check_name(name)?;
         check_node(mode, rdev)?;
         self.inner
@@ -215,6 +219,7 @@ impl FileSystem for Guard {
         mode: u32,
         umask: u32,
     ) -> io::Result<Entry> {
+        self.volumes.may_change(parent)?;
         check_name(name)?;
         self.inner
             .mkdir(ctx, parent, name, mode, umask)
@@ -222,11 +227,13 @@ impl FileSystem for Guard {
     }
 
     fn unlink(&self, ctx: &Context, parent: Inode, name: &CStr) -> io::Result<()> {
+        self.volumes.may_change(parent)?;
         check_name(name)?;
         self.inner.unlink(ctx, parent, name)
     }
 
     fn rmdir(&self, ctx: &Context, parent: Inode, name: &CStr) -> io::Result<()> {
+        self.volumes.may_change(parent)?;
         check_name(name)?;
         self.inner.rmdir(ctx, parent, name)
     }
@@ -240,6 +247,8 @@ impl FileSystem for Guard {
         new_name: &CStr,
         flags: u32,
     ) -> io::Result<()> {
+        self.volumes.may_change(old_parent)?;
+        self.volumes.may_change(new_parent)?;
         check_name(old_name)?;
         check_name(new_name)?;
         self.inner
@@ -247,6 +256,7 @@ impl FileSystem for Guard {
     }
 
     fn link(&self, ctx: &Context, inode: Inode, parent: Inode, name: &CStr) -> io::Result<Entry> {
+        self.volumes.may_change(parent)?;
         check_name(name)?;
         self.inner
             .link(ctx, inode, parent, name)
@@ -276,6 +286,7 @@ impl FileSystem for Guard {
         name: &CStr,
         mut args: CreateIn,
     ) -> io::Result<(Entry, Option<Handle>, OpenOptions, Option<u32>)> {
+        self.volumes.may_change(parent)?;
         check_name(name)?;
         args.flags = check_flags(args.flags)?;
         let (entry, handle, options, backing) = self.inner.create(ctx, parent, name, args)?;
@@ -366,6 +377,7 @@ impl FileSystem for Guard {
         value: &[u8],
         flags: u32,
     ) -> io::Result<()> {
+        self.volumes.may_change(inode)?;
         let name = xattrs::to_host(name)?;
         self.inner.setxattr(ctx, inode, &name, value, flags)
     }
@@ -396,6 +408,7 @@ impl FileSystem for Guard {
     }
 
     fn removexattr(&self, ctx: &Context, inode: Inode, name: &CStr) -> io::Result<()> {
+        self.volumes.may_change(inode)?;
         let name = xattrs::to_host(name)?;
         self.inner.removexattr(ctx, inode, &name)
     }

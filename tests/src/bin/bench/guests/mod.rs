@@ -8,7 +8,7 @@ pub mod report;
 pub mod runc;
 mod vmm;
 
-pub use counters::Counts;
+pub use counters::{Counts, vcpu_threads};
 
 use crate::host;
 use bulkhead_bench_guest::{MAX_MARKS, Stage};
@@ -275,7 +275,7 @@ impl Windows {
             None => Vec::new(),
             Some(period) => {
                 let tracepoint = EmulateTracepoint::find()?;
-                let threads = counters::vcpu_threads(pid)?;
+                let threads = vcpu_threads(pid)?;
                 let sample = |thread| tracepoint.sample(thread, period);
                 threads.into_iter().map(sample).collect::<Result<_>>()?
             }

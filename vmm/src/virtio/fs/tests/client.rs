@@ -190,6 +190,17 @@ impl Client {
         self.send(opcode, node, body).unwrap()
     }
 
+    /// Takes lookups of a node back.
+    pub fn forget(&mut self, node: u64, count: u64) {
+        let message = self.message(FORGET, node, &count.to_le_bytes());
+        let sent = self.mem.write_slice(&message, GuestAddress(REQUEST));
+        sent.unwrap();
+        let len = message.len() as u32;
+        self.priority.add(&[Desc::readable(REQUEST, len)]);
+        self.priority.kick();
+        assert_eq!(self.priority.wait_used().1, 0);
+    }
+
     /// Node id of a name in a folder.
     #[track_caller]
     pub fn lookup(&mut self, parent: u64, name: &str) -> u64 {

@@ -1,16 +1,19 @@
 //! A private containerd with Bulkhead's shim on its PATH, driven through `ctr`.
 
+mod config;
+mod release;
+
+pub use config::{CNI_PLUGINS, search_path, shim_config};
+pub use release::{Release, SECOND_ENV};
+
 use crate::artifacts::{self, Artifacts};
 use crate::error::{Context, Error, Result};
+use config::{CNI, cri_template, pick_snapshotter, read_source, write};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
-
-/// Environment variable with the folder of a second containerd; scripts/dev sets it when it could
-/// build one.
-pub const SECOND_ENV: &str = "BULKHEAD_CONTAINERD2";
 
 /// The image that the tests run; see scripts/busybox-image.
 pub const IMAGE: &str = "bulkhead.local/busybox:latest";
@@ -21,72 +24,8 @@ pub const RUNTIME: &str = "io.containerd.bulkhead.v2";
 /// The name under which an image is imported for pods' sandboxes, whose program never runs.
 pub const SANDBOX_IMAGE: &str = "bulkhead.local/pause:latest";
 
-/// Folder of the CNI plugins, as Debian packages them.
-pub const CNI_PLUGINS: &str = "/usr/lib/cni";
-
 /// containerd's namespace of what its CRI plugin makes.
 const CRI_NAMESPACE: &str = "k8s.io";
-
-/// The network of pods, as a file of the CNI folder and its content: works offline, and touches the network namespace of containerd only.
-const CNI: (&str, &str) = (
-    "10-pods.conflist",
-    r#"{ "cniVersion": "0.4.0", "name": "pods", "plugins": [ {
-    "type": "ptp",
-    "ipam": { "type": "host-local", "dataDir": "@DIR@/ipam",
-              "ranges": [[{ "subnet": "10.88.0.0/24" }]], "routes": [{ "dst": "0.0.0.0/0" }] }
-} ] }
-"#,
-);
-
-/// A containerd and ctr that belong together.
-#[derive(Debug, Clone)]
-pub struct Release {
-    programs: PathBuf,
-}
-
-impl Release {
-    /// Debian's package.
-    pub fn debian() -> Self {
-        Self {
-            programs: "/usr/bin".into(),
-        }
-    }
-
-    /// The current one, built by scripts/dev; `None` where it couldn't be.
-    pub fn current() -> Option<Self> {
-        let programs = PathBuf::from(std::env::var_os(SECOND_ENV)?);
-        programs
-            .join("containerd")
-            .is_file()
-            .then_some(Self { programs })
-    }
-
-    /// What `containerd --version` says of itself.
-    ///
-    /// # Errors
-    /// When it can't be run.
-    pub fn version(&self) -> Result<String> {
-        let output = Command::new(self.programs.join("containerd"))
-            .arg("--version")
-            .output();
-        let output = output.context(|| "run containerd --version".into())?;
-        let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        Ok(text
-            .split_whitespace()
-            .nth(2)
-            .unwrap_or("unknown")
-            .to_owned())
-    }
-
-    /// The series that its configuration is written for: 1 for 1.x, else 2.
-    ///
-    /// # Errors
-    /// When it can't be run.
-    pub fn series(&self) -> Result<u32> {
-        let first = self.version()?.trim_start_matches('v').starts_with("1.");
-        Ok(if first { 1 } else { 2 })
-    }
-}
 
 /// Output of a finished command, as text.
 #[derive(Debug, Clone)]
@@ -478,6 +417,13 @@ impl Containerd {
         write(&self.shim_config(), &text)
     }
 
+    /// What it has warned of, or said to have failed.
+    pub fn complaints(&self) -> String {
+        let log = self.log();
+        let bad = |line: &&str| line.contains("level=warning") || line.contains("level=error");
+        log.lines().filter(bad).collect::<Vec<_>>().join("\n")
+    }
+
     /// The last lines of its log.
     pub fn log_tail(&self, lines: usize) -> String {
         let log = self.log();
@@ -500,22 +446,6 @@ impl Drop for Containerd {
     }
 }
 
-/// containerd's configuration with its CRI plugin on and the runtime's table, whose pods are driven
-/// by `sandboxer`.
-fn cri_template(release: &Release, sandboxer: &str) -> Result<String> {
-    let series = release.series()?;
-    let template = read_source(&format!("scripts/lib/containerd-cri-{series}.toml.in"))?
-        + "\n"
-        + &read_source(&format!("docs/kubernetes/containerd-{series}.toml"))?;
-    Ok(template
-        .replace("@SANDBOX_IMAGE@", SANDBOX_IMAGE)
-        .replace("@CNI_PLUGINS@", CNI_PLUGINS)
-        .replace(
-            "sandboxer = \"podsandbox\"",
-            &format!("sandboxer = {sandboxer:?}"),
-        ))
-}
-
 /// Starts the daemon whose configuration is in `folder`; its log there grows.
 fn spawn(folder: &Path, artifacts: &Artifacts, release: &Release) -> Result<Child> {
     let mut log = File::options();
@@ -534,76 +464,4 @@ fn spawn(folder: &Path, artifacts: &Artifacts, release: &Release) -> Result<Chil
         .stderr(log)
         .spawn()
         .context(|| "start containerd".into())
-}
-
-/// The shim's configuration for what was built, with `settings` at its end.
-pub fn shim_config(artifacts: &Artifacts, runtime_dir: &Path, settings: &str) -> String {
-    // A key may stand only once: what `settings` sets is left out here.
-    let base = [
-        ("kernel", artifacts.kernel()),
-        ("rootfs", artifacts.rootfs()),
-        ("vmm", artifacts.program("bulkhead-vmm")),
-        ("runtime_dir", runtime_dir.to_owned()),
-        ("template_dir", artifacts.templates()),
-    ];
-    let sets = |key: &str| {
-        settings.lines().any(|line| {
-            line.split('=')
-                .next()
-                .is_some_and(|found| found.trim() == key)
-        })
-    };
-    let mut text = String::new();
-    for (key, path) in base.iter().filter(|(key, _)| !sets(key)) {
-        text.push_str(&format!("{key} = {:?}\n", path.display().to_string()));
-    }
-    text + settings
-}
-
-/// PATH with the host's programs under test first.
-pub fn search_path(artifacts: &Artifacts) -> std::ffi::OsString {
-    let mut path = artifacts.programs().into_os_string();
-    path.push(":");
-    path.push(std::env::var_os("PATH").unwrap_or_else(|| "/usr/sbin:/usr/bin:/sbin:/bin".into()));
-    path
-}
-
-fn read_source(path: &str) -> Result<String> {
-    let path = artifacts::workspace().join(path);
-    std::fs::read_to_string(&path).context(|| format!("read {}", path.display()))
-}
-
-fn write(path: &Path, text: &str) -> Result<()> {
-    std::fs::write(path, text).context(|| format!("write {}", path.display()))
-}
-
-/// overlayfs where an overlay can be mounted below `folder`.
-fn pick_snapshotter(folder: &Path) -> &'static str {
-    use nix::mount::{MsFlags, mount, umount};
-    let at = |name: &str| folder.join("overlay-probe").join(name);
-    for name in ["lower", "upper", "work", "merged"] {
-        if std::fs::create_dir_all(at(name)).is_err() {
-            return "native";
-        }
-    }
-    let options = format!(
-        "lowerdir={},upperdir={},workdir={}",
-        at("lower").display(),
-        at("upper").display(),
-        at("work").display()
-    );
-    let mounted = mount(
-        Some("overlay"),
-        &at("merged"),
-        Some("overlay"),
-        MsFlags::empty(),
-        Some(options.as_str()),
-    );
-    let _ = umount(&at("merged"));
-    let _ = std::fs::remove_dir_all(folder.join("overlay-probe"));
-    if mounted.is_ok() {
-        "overlayfs"
-    } else {
-        "native"
-    }
 }
