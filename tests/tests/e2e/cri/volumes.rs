@@ -3,7 +3,7 @@
 use super::{Pod, client::Client, own_network, pod_config, shell_container};
 use bulkhead_tests::Artifacts;
 use bulkhead_tests::cgroups::Cgroup;
-use bulkhead_tests::containerd::{Containerd, IMAGE, Release, SANDBOX_IMAGE};
+use bulkhead_tests::containerd::{Containerd, Release};
 use bulkhead_tests::runner::Checks;
 use k8s_cri::v1::{ContainerConfig, Mount, MountPropagation};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -117,10 +117,7 @@ pub fn run(checks: &mut Checks, artifacts: &Artifacts) {
         own_network();
         let release = Release::debian();
         let containerd = Containerd::start_with_cri(artifacts, &release, "").unwrap();
-        for image in [IMAGE, SANDBOX_IMAGE] {
-            containerd.import_busybox_as(image).unwrap();
-        }
-        let client = Client::connect(&containerd.socket());
+        let client = Client::with_images(&containerd);
         (containerd, client)
     }) else {
         return;

@@ -12,7 +12,7 @@ use super::client::Client;
 use super::{IGNORED, Pod, own_network, pod_config, shell_container};
 use bulkhead_tests::Artifacts;
 use bulkhead_tests::cgroups::Cgroup;
-use bulkhead_tests::containerd::{Containerd, IMAGE, Release, SANDBOX_IMAGE};
+use bulkhead_tests::containerd::{Containerd, Release};
 use bulkhead_tests::leaks::{Snapshot, processes_of};
 use bulkhead_tests::runner::Checks;
 use k8s_cri::v1::{DnsConfig, NamespaceMode, PortMapping};
@@ -91,10 +91,7 @@ fn through(checks: &mut Checks, artifacts: &Artifacts, release: &Release) {
         let settings = "memory_mib = 160\n";
         let containerd =
             Containerd::start_with_networks(artifacts, release, settings, &NETWORKS).unwrap();
-        for image in [IMAGE, SANDBOX_IMAGE] {
-            containerd.import_busybox_as(image).unwrap();
-        }
-        let client = Client::connect(&containerd.socket());
+        let client = Client::with_images(&containerd);
         (containerd, client)
     }) else {
         return;
