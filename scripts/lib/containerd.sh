@@ -1,6 +1,8 @@
 # shellcheck shell=bash
 # A private containerd: own root, state, socket and configuration below one folder, no systemd, and
 # nothing of the host's own containerd touched.
+# shellcheck source=go.sh
+source "$ROOT/scripts/lib/go.sh"
 
 # Released version of containerd that the tests build besides Debian's 1.6.
 CONTAINERD2_VERSION=v2.3.7
@@ -49,34 +51,10 @@ pick_snapshotter() {
     rm -rf -- "$probe"
 }
 
-# build_containerd2: builds containerd and ctr of CONTAINERD2_VERSION by their module name into the
-# cache, unless they are there; sets CONTAINERD2_BIN, empty where it can't be done, and then says why.
+# build_containerd2: builds containerd and ctr of CONTAINERD2_VERSION into the cache; sets
+# CONTAINERD2_BIN, empty where it can't be done.
 build_containerd2() {
-    CONTAINERD2_BIN=$CACHE/containerd/$CONTAINERD2_VERSION
-    if [ -x "$CONTAINERD2_BIN/containerd" ] && [ -x "$CONTAINERD2_BIN/ctr" ]; then return; fi
-    if ! have go; then
-        say "    containerd $CONTAINERD2_VERSION is not tested: there is no Go toolchain to build it with"
-        CONTAINERD2_BIN=
-    elif ! step "containerd $CONTAINERD2_VERSION: waiting for the Go module proxy and 'go build' (minutes, once)" \
-        go_build_containerd2 "$CONTAINERD2_BIN"; then
-        say "    containerd $CONTAINERD2_VERSION is not tested: it could not be built, see above"
-        CONTAINERD2_BIN=
-    fi
-}
-
-go_build_containerd2() {
-    local work module=github.com/containerd/containerd/v2
-    work=$(mktemp -d)
-    printf 'module bulkhead.invalid/containerd\n' >"$work/go.mod"
-    (
-        cd "$work" && go get "$module@$CONTAINERD2_VERSION" &&
-            CGO_ENABLED=0 go build -mod=mod -trimpath -o "$work/bin/" "$module/cmd/containerd" "$module/cmd/ctr"
-    ) >"$work/log" 2>&1 || {
-        tail -n 5 "$work/log" >&2
-        rm -rf -- "$work"
-        return 1
-    }
-    mkdir -p "$1"
-    mv -f -- "$work/bin/containerd" "$work/bin/ctr" "$1/"
-    rm -rf -- "$work"
+    build_go_programs "containerd $CONTAINERD2_VERSION" github.com/containerd/containerd/v2 \
+        "$CONTAINERD2_VERSION" "$CACHE/containerd/$CONTAINERD2_VERSION" containerd ctr
+    CONTAINERD2_BIN=$GO_BIN
 }

@@ -73,15 +73,22 @@ tee_output() {
     "$@" 2>&1 | tee "$log"
 }
 
+# All of them of the whole workspace: of another choice of packages Cargo would build the common
+# dependencies once more, with other features. The end-to-end tests leave when they are asked for
+# what is a harness's.
 unit_tests() {
-    (cd "$ROOT" && cargo test --locked --workspace --exclude bulkhead-tests --no-fail-fast \
-        -- --show-output &&
-        cargo test --locked -p bulkhead-tests --lib)
+    (cd "$ROOT" && cargo test --locked --workspace --no-fail-fast -- --show-output)
+}
+# Beside the host programs' build: Cargo's profiles don't wait for each other, and where one build is
+# at a single large crate, the other has a core. What fails fails again, and is told, in unit_tests.
+build_unit_tests() {
+    (cd "$ROOT" && exec cargo test --locked --workspace --no-run) >/dev/null 2>&1 &
+    UNIT_BUILD=$!
 }
 e2e_tests() {
     (cd "$ROOT" && BULKHEAD_OUT=$OUT BULKHEAD_CONTAINERD2=${CONTAINERD2_BIN:-} \
         BULKHEAD_DOCKERD=${DOCKERD_BIN:-} BULKHEAD_FS_PROGRAMS=${FS_PROGRAMS_BIN:-} \
-        cargo test --locked --quiet -p bulkhead-tests --test e2e -- "$@")
+        cargo test --locked --quiet --workspace --test e2e -- "$@")
 }
 
 cmd_test() {
@@ -102,9 +109,16 @@ cmd_test() {
     case $what in e2e | svm) ;; *) no_arguments test "$@" ;; esac
     [ "$what" = unit ] || need_root "testing microVMs (mounts, namespaces, /dev/kvm)" test
     TEST_LOGS=$(mktemp -d)
-    trap 'rm -rf -- "$TEST_LOGS"' EXIT
+    UNIT_BUILD=
+    trap '[ -z "$UNIT_BUILD" ] || kill "$UNIT_BUILD" 2>/dev/null; rm -rf -- "$TEST_LOGS"' EXIT
 
-    if [ "$what" = unit ]; then ensure_setup; else ensure_built; fi
+    ensure_setup
+    [ "$what" != all ] || build_unit_tests
+    [ "$what" = unit ] || ensure_built
+    if [ -n "$UNIT_BUILD" ]; then
+        step "unit tests of all crates: waiting for their build" wait "$UNIT_BUILD" || true
+        UNIT_BUILD=
+    fi
     if [ "$what" = unit ] || [ "$what" = all ]; then
         run_tests "unit tests of all crates: waiting for cargo" unit_tests
         run_tests "guest root image" "$ROOT/guest-rootfs/test"

@@ -1,6 +1,7 @@
 //! A CRI client as kubelet is one: gRPC over containerd's socket, one call at a time.
 
 use super::stream::Stream;
+use bulkhead_tests::containerd::{Containerd, IMAGE, SANDBOX_IMAGE};
 use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
 use k8s_cri::v1::{
     AttachRequest, ContainerConfig, ContainerState, ContainerStats, ContainerStatsFilter,
@@ -33,6 +34,14 @@ pub struct Client {
 }
 
 impl Client {
+    /// Imports the images of all pods, and connects.
+    pub fn with_images(containerd: &Containerd) -> Self {
+        for image in [IMAGE, SANDBOX_IMAGE] {
+            containerd.import_busybox_as(image).unwrap();
+        }
+        Self::connect(&containerd.socket())
+    }
+
     pub fn connect(socket: &Path) -> Self {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()

@@ -12,7 +12,7 @@ pub mod volumes;
 
 use bulkhead_tests::Artifacts;
 use bulkhead_tests::cgroups::Cgroup;
-use bulkhead_tests::containerd::{Containerd, IMAGE, Release, SANDBOX_IMAGE};
+use bulkhead_tests::containerd::{Containerd, IMAGE, Release};
 use bulkhead_tests::leaks::{Snapshot, processes_of};
 use bulkhead_tests::runner::Checks;
 use client::Client;
@@ -54,10 +54,7 @@ fn through(checks: &mut Checks, artifacts: &Artifacts, release: &Release) {
         own_network();
         let settings = "memory_mib = 160\n";
         let containerd = Containerd::start_with_cri(artifacts, release, settings).unwrap();
-        for image in [IMAGE, SANDBOX_IMAGE] {
-            containerd.import_busybox_as(image).unwrap();
-        }
-        let client = Client::connect(&containerd.socket());
+        let client = Client::with_images(&containerd);
         (containerd, client)
     }) else {
         return;

@@ -5,7 +5,7 @@ use super::client::Client;
 use super::{IGNORED, Pod, containers, host_cgroup, own_network, pod_config};
 use bulkhead_tests::Artifacts;
 use bulkhead_tests::cgroups::Cgroup;
-use bulkhead_tests::containerd::{Containerd, IMAGE, Release, SANDBOX_IMAGE};
+use bulkhead_tests::containerd::{Containerd, Release};
 use bulkhead_tests::leaks::{Snapshot, processes_of};
 use bulkhead_tests::runner::Checks;
 use k8s_cri::v1::PodSandboxState;
@@ -17,10 +17,7 @@ pub fn run(checks: &mut Checks, artifacts: &Artifacts) {
         let settings = "memory_mib = 160\n";
         let containerd =
             Containerd::start_with_sandboxer(artifacts, &release, settings, "shim").unwrap();
-        for image in [IMAGE, SANDBOX_IMAGE] {
-            containerd.import_busybox_as(image).unwrap();
-        }
-        let client = Client::connect(&containerd.socket());
+        let client = Client::with_images(&containerd);
         (containerd, client)
     });
     let Some((containerd, client)) = started else {

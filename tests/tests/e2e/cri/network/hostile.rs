@@ -6,7 +6,7 @@ use super::super::{IGNORED, Pod, own_network, pod_config, security, shell_contai
 use super::{NETWORKS, interfaces, ip, run as run_program};
 use bulkhead_tests::Artifacts;
 use bulkhead_tests::cgroups::Cgroup;
-use bulkhead_tests::containerd::{Containerd, IMAGE, Release, SANDBOX_IMAGE};
+use bulkhead_tests::containerd::{Containerd, Release};
 use bulkhead_tests::leaks::{Snapshot, processes_of};
 use bulkhead_tests::packets::{Capture, checksum};
 use bulkhead_tests::runner::Checks;
@@ -63,11 +63,8 @@ pub fn run(checks: &mut Checks, artifacts: &Artifacts) {
             &NETWORKS[..1],
         );
         let containerd = containerd.unwrap();
-        for image in [IMAGE, SANDBOX_IMAGE] {
-            containerd.import_busybox_as(image).unwrap();
-        }
         install(&containerd.folder().join("tools"));
-        let client = Client::connect(&containerd.socket());
+        let client = Client::with_images(&containerd);
         (containerd, client)
     });
     let Some((containerd, client)) = started else {

@@ -8,7 +8,7 @@ use super::hostile::mac;
 use super::{NETWORKS, interfaces, ip, run as run_program, servers};
 use bulkhead_tests::Artifacts;
 use bulkhead_tests::cgroups::Cgroup;
-use bulkhead_tests::containerd::{Containerd, IMAGE, Release, SANDBOX_IMAGE};
+use bulkhead_tests::containerd::{Containerd, Release};
 use bulkhead_tests::leaks::{Snapshot, processes_of};
 use bulkhead_tests::packets::Capture;
 use bulkhead_tests::runner::Checks;
@@ -55,11 +55,9 @@ impl Host {
             &[network],
         );
         let containerd = containerd.unwrap();
-        for image in [IMAGE, SANDBOX_IMAGE] {
-            containerd.import_busybox_as(image).unwrap();
-        }
+        let client = Client::with_images(&containerd);
         Self {
-            client: Client::connect(&containerd.socket()),
+            client,
             pods: Cgroup::make("pods").unwrap(),
             containerd,
         }

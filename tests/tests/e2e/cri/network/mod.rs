@@ -12,7 +12,7 @@ use super::client::Client;
 use super::{IGNORED, Pod, own_network, pod_config, shell_container};
 use bulkhead_tests::Artifacts;
 use bulkhead_tests::cgroups::Cgroup;
-use bulkhead_tests::containerd::{Containerd, IMAGE, Release, SANDBOX_IMAGE};
+use bulkhead_tests::containerd::{Containerd, Release};
 use bulkhead_tests::leaks::{Snapshot, processes_of};
 use bulkhead_tests::runner::Checks;
 use k8s_cri::v1::{DnsConfig, NamespaceMode, PortMapping};
@@ -91,10 +91,7 @@ fn through(checks: &mut Checks, artifacts: &Artifacts, release: &Release) {
         let settings = "memory_mib = 160\n";
         let containerd =
             Containerd::start_with_networks(artifacts, release, settings, &NETWORKS).unwrap();
-        for image in [IMAGE, SANDBOX_IMAGE] {
-            containerd.import_busybox_as(image).unwrap();
-        }
-        let client = Client::connect(&containerd.socket());
+        let client = Client::with_images(&containerd);
         (containerd, client)
     }) else {
         return;
@@ -353,6 +350,34 @@ fn until(served: &Served, script: &str) {
     }
 }
 
+/// Runs the CNI plugin `sbr` for an interface that is there already.
+#[track_caller]
+fn sbr(vmm: Pid, command: &str) {
+    let netns = format!("/proc/{vmm}/ns/net");
+    let config = serde_json::json!({
+        "cniVersion": "0.4.0", "name": "late", "type": "sbr",
+        "prevResult": {
+            "cniVersion": "0.4.0", "interfaces": [{ "name": "late0", "sandbox": netns }],
+            "ips": [{ "version": "4", "address": "10.77.0.2/24", "gateway": "10.77.0.1",
+                      "interface": 0 }],
+        },
+    });
+    let (read, mut write) = std::io::pipe().unwrap();
+    // Less than a pipe holds.
+    std::io::Write::write_all(&mut write, config.to_string().as_bytes()).unwrap();
+    drop(write);
+    let mut plugin = Command::new("/usr/lib/cni/sbr");
+    plugin.stdin(read);
+    plugin.envs([
+        ("CNI_COMMAND", command),
+        ("CNI_CONTAINERID", "late"),
+        ("CNI_NETNS", &netns),
+        ("CNI_IFNAME", "late0"),
+        ("CNI_PATH", "/usr/lib/cni"),
+    ]);
+    run(&mut plugin);
+}
+
 fn followed(checks: &mut Checks, served: &Served) {
     let vmm = served.vmm;
     checks.check("an interface that comes later, changes and goes", || {
@@ -372,23 +397,18 @@ fn followed(checks: &mut Checks, served: &Served) {
         inside(vmm, "ip route add 192.0.2.0/24 via 10.77.0.1");
         until(
             served,
-            "ip -o address show dev late0 | grep -q 10.77.0.3/24",
+            "ip -o address show dev late0 | grep -q 10.77.0.3/24 && \
+             ip route | grep -q '192.0.2.0/24 via 10.77.0.1 dev late0'",
         );
+        // The plugin moves the routes to a table that its rule leads to.
+        sbr(vmm, "ADD");
         until(
             served,
-            "ip route | grep -q '192.0.2.0/24 via 10.77.0.1 dev late0'",
+            "ip route get 198.18.0.1 from 10.77.0.2 | grep -q 'via 10.77.0.1 dev late0' && \
+             ! ip route | grep 192.0.2.0/24",
         );
-        // As the plugin `sbr` does it.
-        inside(vmm, "ip route add default via 10.77.0.1 table 77");
-        inside(vmm, "ip rule add from 10.77.0.2 table 77");
-        until(
-            served,
-            "ip route get 198.18.0.1 from 10.77.0.2 | grep -q 'via 10.77.0.1 dev late0'",
-        );
-        inside(vmm, "ip rule delete from 10.77.0.2 table 77");
-        until(served, "! ip rule | grep -q 10.77.0.2");
-        inside(vmm, "ip route delete 192.0.2.0/24");
-        until(served, "! ip route | grep -q 192.0.2.0/24");
+        sbr(vmm, "DEL");
+        until(served, "! ip rule | grep 10.77.0.2");
         ip("link delete late1");
         until(served, "! ip link show dev late0");
         let left = inside(vmm, "ip link show");
