@@ -58,11 +58,6 @@ pub const SHARE_MOUNT: &str = "/run/bulkhead/shared";
 /// Folder of a container's folder in the share in which the sources of its bind mounts are.
 pub const SHARE_MOUNTS: &str = "mounts";
 
-/// How a name in that folder begins if an overlay's upper layer and work folder are in what it names.
-/// The guest may make, rename or remove nothing in there but below these two: the host's daemons will
-/// use them by their names.
-pub const SHARE_UPPER: &str = "upper";
-
 /// Folder of the share in which, as in a container's, the volumes are that several containers of a
 /// pod have in common. No container's id has this character.
 pub const SHARE_VOLUMES: &str = "@volumes";

@@ -45,6 +45,11 @@ pub const FIRST_SPARE_SLOT: u32 = 32;
 /// An empty one costs guest and VMM nothing.
 pub const SPARE_SLOTS: u32 = 128;
 
+/// How a name in [`crate::guest::SHARE_MOUNTS`] begins if an overlay's upper layer and its work folder
+/// are in the folder that it names. The VMM's file server lets the guest make, rename and remove
+/// nothing in there but below these two: the host's daemons use them by their names.
+pub const SHARE_UPPER: &str = "upper";
+
 /// The machine to build. All descriptors are owned by the VMM from the start.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -81,6 +81,7 @@ svm_tests() {
     {
         printf 'export HOME=/root PATH=%q BULKHEAD_OUT=%q BULKHEAD_CONTAINERD2=%q BULKHEAD_FS_PROGRAMS=%q\n' \
             "$PATH" "$OUT" "${CONTAINERD2_BIN:-}" "${FS_PROGRAMS_BIN:-}"
+        [ -z "${BULKHEAD_FS_GROUPS:-}" ] || printf 'export BULKHEAD_FS_GROUPS=%q\n' "$BULKHEAD_FS_GROUPS"
         # No udev runs there, to which dmsetup leaves the nodes of its devices otherwise.
         printf 'export DM_DISABLE_UDEV=1\n'
         # Devices whose modules nobody asks for by another name.

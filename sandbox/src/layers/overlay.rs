@@ -5,6 +5,8 @@ use super::tree::is_plain;
 use super::{Converter, Image, LayerError};
 use crate::config::Config;
 use crate::mounts::RootfsMount;
+use bulkhead_proto::guest::KEPT_OVERLAY_XATTRS;
+use rustix::io::Errno;
 use std::path::Path;
 
 /// Most layers that are converted: each is a disk, and a virtual machine has 128 places for those
@@ -80,10 +82,25 @@ fn lower_layers(one: &RootfsMount) -> Result<Vec<&Path>, LayerError> {
     if layers.len() > MAX_LAYERS {
         return Err(LayerError::Unfit("it has more than 64 layers"));
     }
+    if let Some(upper) = value("upperdir=")
+        && !keeps_marks(Path::new(upper))
+    {
+        return Err(LayerError::Unfit(
+            "the file system of its upper layer keeps no user attributes, in which an overlay's marks \
+             would be",
+        ));
+    }
     if value("upperdir=").is_none() && layers.len() < 2 {
         return Err(LayerError::Unfit("an overlay of a single layer is none"));
     }
     Ok(layers)
+}
+
+/// Whether the file server can keep an overlay's marks in `upper` (`vmm/src/virtio/fs/xattrs.rs`). A
+/// folder that isn't there is for others to complain of.
+fn keeps_marks(upper: &Path) -> bool {
+    let name = format!("{KEPT_OVERLAY_XATTRS}opaque");
+    rustix::fs::lgetxattr(upper, &name, &mut [0; 1][..]) != Err(Errno::NOTSUP)
 }
 
 fn stacked(one: &RootfsMount, images: &[Image]) -> Vec<RootfsMount> {
@@ -140,6 +157,7 @@ mod tests {
             (&["upperdir=/u"], "plain absolute"),
             (&["lowerdir=/1"], "single layer"),
             (&["upperdir=/u", &many], "64 layers"),
+            (&["upperdir=/proc", "lowerdir=/1"], "user attributes"),
             (
                 &["upperdir=/u", "lowerdir=/1", "uidmap=0:1:2"],
                 "user namespaces",

@@ -4,7 +4,7 @@ use super::{SpecError, field, guest_bind, guest_volume, unsupported};
 use crate::ids::ContainerId;
 use crate::mounts::{MemoryVolume, MountError, mounted_below};
 use bulkhead_proto::agent::StorageMount;
-use bulkhead_proto::guest::SHARE_UPPER;
+use bulkhead_proto::vmm::SHARE_UPPER;
 use oci_spec::runtime::{LinuxIdMapping, Mount, Spec};
 use sha2::{Digest, Sha256};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};

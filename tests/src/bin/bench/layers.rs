@@ -19,7 +19,8 @@ use std::time::{Duration, Instant};
 
 const VERSION: TaskVersion = TaskVersion::V3;
 const NO_STREAMS: [&str; 3] = [""; 3];
-const POD: &str = "bench-layers";
+/// The pods: without conversion, and with it.
+const PODS: [&str; 2] = ["bench-share", "bench-converted"];
 const SIGKILL: u32 = 9;
 
 /// Small files of the layer, and the size of each.
@@ -83,8 +84,8 @@ pub fn measure(artifacts: &Artifacts, arguments: &Arguments) -> Result<()> {
     let plain = pod::settings(false)?;
     let converting = format!("{plain}convert_layers = true\nlayer_dir = {store:?}\n");
     let bundles = [
-        sandbox(artifacts, &plain)?,
-        sandbox(artifacts, &converting)?,
+        sandbox(artifacts, PODS[0], &plain)?,
+        sandbox(artifacts, PODS[1], &converting)?,
     ];
     let mut pods = Vec::new();
     for (bundle, settings) in bundles.iter().zip([&plain, &converting]) {
@@ -155,15 +156,16 @@ fn noise(length: usize) -> Vec<u8> {
     (0..length.div_ceil(8)).flat_map(|_| next()).collect()
 }
 
-fn sandbox(artifacts: &Artifacts, settings: &str) -> Result<Bundle> {
-    let bundle = Bundle::new(artifacts, POD, settings)?;
-    bundle.set_spec(&sandbox_spec(POD))?;
+fn sandbox(artifacts: &Artifacts, id: &str, settings: &str) -> Result<Bundle> {
+    let bundle = Bundle::new(artifacts, id, settings)?;
+    bundle.set_spec(&sandbox_spec(id))?;
     Ok(bundle)
 }
 
 /// A pod whose containers have the image.
 struct Pod<'a> {
     artifacts: &'a Artifacts,
+    id: &'a str,
     settings: &'a str,
     layers: &'a [PathBuf],
     shim: Shim<'a>,
@@ -183,6 +185,7 @@ impl<'a> Pod<'a> {
         shim.start_process(VERSION, "")?;
         Ok(Self {
             artifacts,
+            id: bundle.id(),
             settings,
             layers,
             shim,
@@ -193,7 +196,7 @@ impl<'a> Pod<'a> {
 
     fn member(&self, id: &str) -> Result<Member> {
         let bundle = Bundle::new(self.artifacts, id, self.settings)?;
-        bundle.set_spec(&member_spec(POD, self.vmm, &["sleep", "1000000"]))?;
+        bundle.set_spec(&member_spec(self.id, self.vmm, &["sleep", "1000000"]))?;
         let (upper, work) = (bundle.beside("upper"), bundle.beside("work"));
         for folder in [&upper, &work] {
             std::fs::create_dir(folder).context(|| format!("make {}", folder.display()))?;

@@ -5,7 +5,8 @@
 //! and change what the link leads to.
 
 use super::guard::Inode;
-use bulkhead_proto::guest::{SHARE_MOUNTS, SHARE_UPPER};
+use bulkhead_proto::guest::SHARE_MOUNTS;
+use bulkhead_proto::vmm::SHARE_UPPER;
 use fuse_backend_rs::api::filesystem::ROOT_ID;
 use std::collections::HashMap;
 use std::io;
