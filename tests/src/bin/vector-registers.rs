@@ -140,10 +140,11 @@ fn through_a_tracer(width: Width) -> Option<String> {
         iov_base: area.as_mut_ptr().cast(),
         iov_len: area.len(),
     };
-    /// NT_X86_XSTATE of elf.h.
-    const REGISTERS: libc::c_long = 0x202;
+    // Numbers of elf.h: without XSAVE there is but NT_PRFPREG, FXSAVE's area, which begins alike;
+    // otherwise NT_X86_XSTATE.
+    let registers: libc::c_long = if width == Width::Sse { 2 } else { 0x202 };
     // SAFETY: the kernel writes no more than the length.
-    let failed = unsafe { libc::ptrace(libc::PTRACE_GETREGSET, child, REGISTERS, &mut read) };
+    let failed = unsafe { libc::ptrace(libc::PTRACE_GETREGSET, child, registers, &mut read) };
     let parts = parts_of_register_5(width);
     let found = parts
         .iter()
@@ -158,7 +159,7 @@ fn through_a_tracer(width: Width) -> Option<String> {
         area[offset + sixteenth..][..64].fill(WRITTEN);
     }
     // SAFETY: the kernel reads no more than the length, which is what it wrote.
-    let set = unsafe { libc::ptrace(libc::PTRACE_SETREGSET, child, REGISTERS, &mut read) };
+    let set = unsafe { libc::ptrace(libc::PTRACE_SETREGSET, child, registers, &mut read) };
     // SAFETY: plain numbers.
     unsafe { libc::ptrace(libc::PTRACE_CONT, child, 0, 0) };
     let taken = exit_status(child.into()) == Some(0);
