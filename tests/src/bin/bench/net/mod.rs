@@ -472,7 +472,8 @@ fn notes(arguments: &Arguments, pairs: u8) -> Vec<String> {
         format!(
             "Both virtual machines: {} vCPU, {} MiB, the same guest kernel, root image and kernel \
              parameters but for the devices; a tap device of the same kind, with {} pair(s) of queues, in \
-             a network namespace in which iperf3's server runs.",
+             a network namespace in which iperf3's server runs, with the congestion control `reno` whatever the \
+             host has.",
             arguments.vcpus,
             crate::guests::MEMORY_MIB,
             pairs,
