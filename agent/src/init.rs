@@ -98,11 +98,12 @@ pub fn lower_descriptor_limit() -> rustix::io::Result<()> {
     rustix::process::setrlimit(Resource::Nofile, limit)
 }
 
-/// How often the kernel looks for statistics of memory to add up, in seconds, and the file that takes
-/// it (Documentation/admin-guide/sysctl/vm.rst, stat_interval). At its default of one second an idle
-/// guest never sleeps longer: the look wakes a kernel thread, the scheduler's timer for that thread
-/// wakes the CPU a second later, and as the CPU is awake it looks again.
-const STATISTICS_INTERVAL: (&str, &str) = ("/proc/sys/vm/stat_interval", "60");
+/// How often the kernel adds up statistics of memory, in seconds, and the file that takes it
+/// (Documentation/admin-guide/sysctl/vm.rst, stat_interval). At its default of one second an idle guest
+/// never sleeps longer: the look wakes a kernel thread, the scheduler's timer for that thread wakes the
+/// CPU a second later, and as the CPU is awake it looks again. Much longer it must not be either: it is
+/// then, too, that a CPU's lists of free pages shrink, which the host can only have back afterwards.
+const STATISTICS_INTERVAL: (&str, &str) = ("/proc/sys/vm/stat_interval", "5");
 
 /// See [`TCP_SEGMENTS`].
 fn send_large_frames() -> std::io::Result<()> {
