@@ -9,5 +9,5 @@ mod tracepoint;
 mod watch;
 
 pub use event::Counter;
-pub use tracepoint::{EmulateTracepoint, Sampler, count_userspace_exits};
+pub use tracepoint::{EmulateTracepoint, Sampler, count_port_exits, count_userspace_exits};
 pub use watch::{Seen, Watch, What, now_ns};

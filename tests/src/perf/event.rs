@@ -1,9 +1,10 @@
 //! perf_event_open, and events that are only counted.
 
 use crate::error::{Context, Result};
+use std::ffi::CString;
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::FromRawFd;
+use std::os::fd::{AsRawFd, FromRawFd};
 
 /// `struct perf_event_attr` up to its fourth published size (PERF_ATTR_SIZE_VER3, 96 bytes), the
 /// first that can name a clock; every kernel since 4.1 takes it.
@@ -83,7 +84,25 @@ pub struct Counter {
     pub(super) event: File,
 }
 
+/// `PERF_EVENT_IOC_SET_FILTER` of include/uapi/linux/perf_event.h.
+const SET_FILTER: libc::c_ulong = 0x4008_2406;
+
 impl Counter {
+    /// Counts only those events of a tracepoint that a filter lets pass
+    /// (Documentation/trace/events.rst).
+    pub(super) fn filter(&self, filter: &str) -> Result<()> {
+        let what = || format!("count only events with {filter:?}");
+        let text = CString::new(filter).map_err(std::io::Error::other);
+        let text = text.context(what)?;
+        // SAFETY: the kernel reads a C string, which lives across the call.
+        let set = unsafe { libc::ioctl(self.event.as_raw_fd(), SET_FILTER, text.as_ptr()) };
+        if set != 0 {
+            let cause: std::result::Result<(), _> = Err(std::io::Error::last_os_error());
+            return cause.context(what);
+        }
+        Ok(())
+    }
+
     /// The count so far.
     ///
     /// # Errors

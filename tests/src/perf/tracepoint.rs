@@ -79,6 +79,19 @@ pub fn count_userspace_exits(pid: u32) -> Result<Counter> {
     })
 }
 
+/// `KVM_EXIT_IO` of include/uapi/linux/kvm.h.
+const KVM_EXIT_IO: u32 = 2;
+
+/// Counts those of [`count_userspace_exits`] that are for an access to a port.
+///
+/// # Errors
+/// As there, and when the kernel takes no filter.
+pub fn count_port_exits(pid: u32) -> Result<Counter> {
+    let counter = count_userspace_exits(pid)?;
+    counter.filter(&format!("reason == {KVM_EXIT_IO}"))?;
+    Ok(counter)
+}
+
 /// Number of the tracepoint `kvm:kvm_entry`: KVM enters the guest. A software KVM has it but may
 /// never come by.
 pub(super) fn entry_tracepoint() -> Result<u64> {

@@ -79,15 +79,22 @@ const INSTRUCTIONS_EACH: Figure = figure(
 );
 const EXITS: Figure = figure(
     "exits_per_mib",
-    "returns of KVM to the monitor, a MiB",
+    "returns of KVM to the monitor, a MiB, but for accesses to ports",
     1,
     true,
 );
 const EXITS_EACH: Figure = figure(
     "exits_per_request",
-    "returns of KVM to the monitor, a request",
+    "returns of KVM to the monitor, a request, but for accesses to ports",
     2,
     true,
+);
+const PORT_EXITS: Figure = figure(
+    "port_exits_per_mib",
+    "returns of KVM for accesses to ports, a MiB: Bulkhead saves and loads registers there for a \
+     guest kernel that is emulated, which QEMU leaves undone",
+    1,
+    false,
 );
 const DEVICE: Figure = figure(
     "device_cpu_ms_per_mib",
@@ -101,7 +108,7 @@ const VCPU: Figure = figure(
     1,
     false,
 );
-const FIGURES: [Figure; 9] = [
+const FIGURES: [Figure; 10] = [
     RATE,
     REQUESTS,
     LATENCY,
@@ -109,6 +116,7 @@ const FIGURES: [Figure; 9] = [
     INSTRUCTIONS_EACH,
     EXITS,
     EXITS_EACH,
+    PORT_EXITS,
     DEVICE,
     VCPU,
 ];
@@ -362,6 +370,7 @@ fn sample_of(transfer: &Transfer, counts: Counts) -> Sample {
         (&INSTRUCTIONS_EACH, by(counts.instructions, requests)),
         (&EXITS, by(counts.exits, mib)),
         (&EXITS_EACH, by(counts.exits, requests)),
+        (&PORT_EXITS, by(counts.port_exits, mib)),
         (&DEVICE, by(Some(counts.device_ns), mib * 1e6)),
         (&VCPU, by(Some(counts.vcpu_ns), mib * 1e6)),
     ]);

@@ -3,7 +3,7 @@
 use bulkhead_proto::vmm::KvmKind;
 use bulkhead_tests::error::{Context, Error, Result};
 use bulkhead_tests::footprint::descendants;
-use bulkhead_tests::perf::{Counter, EmulateTracepoint, count_userspace_exits};
+use bulkhead_tests::perf::{Counter, EmulateTracepoint, count_port_exits, count_userspace_exits};
 use std::ops::Sub;
 
 /// Attached to a monitor that hasn't begun yet.
@@ -13,6 +13,7 @@ pub struct Counters {
     /// None where KVM runs guest kernel mode natively.
     instructions: Option<Counter>,
     exits: Option<Counter>,
+    port_exits: Option<Counter>,
 }
 
 /// Counts up to a moment, or between two.
@@ -20,8 +21,10 @@ pub struct Counters {
 pub struct Counts {
     /// Guest kernel instructions.
     pub instructions: Option<u64>,
-    /// Returns from KVM to the monitor.
+    /// Returns from KVM to the monitor, but for those of `port_exits`.
     pub exits: Option<u64>,
+    /// Those for accesses to ports, where no device is that these benches measure.
+    pub port_exits: Option<u64>,
     /// Nanoseconds of CPU time of all threads that run no vCPU, of all processes that the monitor
     /// consists of: of what they do themselves and of what the kernel does for them.
     pub device_ns: u64,
@@ -37,6 +40,7 @@ impl Sub for Counts {
         Self {
             instructions: less(self.instructions, before.instructions),
             exits: less(self.exits, before.exits),
+            port_exits: less(self.port_exits, before.port_exits),
             device_ns: self.device_ns.saturating_sub(before.device_ns),
             vcpu_ns: self.vcpu_ns.saturating_sub(before.vcpu_ns),
         }
@@ -62,6 +66,7 @@ impl Counters {
             helpers: helpers.to_vec(),
             instructions,
             exits: told(count_userspace_exits(pid), "exits to user space"),
+            port_exits: told(count_port_exits(pid), "exits for ports"),
         }
     }
 
@@ -70,9 +75,12 @@ impl Counters {
     /// # Errors
     /// When one can't be read.
     pub fn read(&self) -> Result<Counts> {
+        let port_exits = self.port_exits.as_ref().map(Counter::read).transpose()?;
+        let all_exits = self.exits.as_ref().map(Counter::read).transpose()?;
         let mut counts = Counts {
             instructions: self.instructions.as_ref().map(Counter::read).transpose()?,
-            exits: self.exits.as_ref().map(Counter::read).transpose()?,
+            exits: all_exits.map(|all| all.saturating_sub(port_exits.unwrap_or(0))),
+            port_exits,
             ..Counts::default()
         };
         counts.vcpu_ns = vcpu_ns(self.pid)?;

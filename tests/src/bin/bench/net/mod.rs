@@ -89,21 +89,28 @@ const INSTRUCTIONS_ROUND: Figure = figure(
 );
 const EXITS: Figure = figure(
     "exits_per_mib",
-    "returns of KVM to the monitor, a MiB",
+    "returns of KVM to the monitor, a MiB, but for accesses to ports",
     1,
     true,
 );
 const EXITS_EACH: Figure = figure(
     "exits_per_frame",
-    "returns of KVM to the monitor, a frame of both directions",
+    "returns of KVM to the monitor, a frame of both directions, but for accesses to ports",
     2,
     false,
 );
 const EXITS_ROUND: Figure = figure(
     "exits_per_round",
-    "returns of KVM to the monitor, a message and its answer",
+    "returns of KVM to the monitor, a message and its answer, but for accesses to ports",
     2,
     true,
+);
+const PORT_EXITS: Figure = figure(
+    "port_exits_per_frame",
+    "returns of KVM for accesses to ports, a frame: Bulkhead saves and loads registers there for a \
+     guest kernel that is emulated, which QEMU leaves undone",
+    2,
+    false,
 );
 const FRAMES: Figure = figure(
     "frames_per_mib",
@@ -129,7 +136,7 @@ const VCPU: Figure = figure(
     1,
     false,
 );
-const FIGURES: [Figure; 12] = [
+const FIGURES: [Figure; 13] = [
     RATE,
     ROUND,
     INSTRUCTIONS,
@@ -138,6 +145,7 @@ const FIGURES: [Figure; 12] = [
     EXITS,
     EXITS_EACH,
     EXITS_ROUND,
+    PORT_EXITS,
     FRAMES,
     DEVICE,
     DEVICE_ROUND,
@@ -445,6 +453,7 @@ fn sample(case: Case, all: &Ran, nothing: &Ran) -> Result<Sample> {
     sample.extend([
         (&INSTRUCTIONS_EACH, by(counts.instructions, frames)),
         (&EXITS_EACH, by(counts.exits, frames)),
+        (&PORT_EXITS, by(counts.port_exits, frames)),
     ]);
     if case == Case::PingPong {
         let rounds = f64::from(ROUNDS - 1);
