@@ -2,7 +2,7 @@
 
 use super::{Card, DATA_SERIAL, Devices, MAC, MEMORY_MIB, Monitor, Room, ended, tail};
 use crate::hold;
-use crate::start::qemu::{MACHINE, PROGRAM, kernel_command_line};
+use crate::start::qemu::{CPU, MACHINE, PROGRAM, kernel_command_line};
 use bulkhead_bench_guest::SERIAL;
 use bulkhead_proto::guest::SHARE_TAG;
 use bulkhead_tests::error::{Context, Error, Result};
@@ -135,7 +135,7 @@ fn command(room: &Room, devices: &Devices, control: &Path, folder: &Path) -> Res
         .args(["-nodefaults", "-no-user-config", "-no-reboot"])
         // Threads are told apart by their names.
         .args(["-name", "bench,debug-threads=on"])
-        .args(["-display", "none", "-cpu", "host,arch-capabilities=off"])
+        .args(["-display", "none", "-cpu", CPU])
         .args(["-smp", &room.vcpus.to_string()])
         .args(["-m", &MEMORY_MIB.to_string()])
         // Virtio 1, as Bulkhead's.

@@ -28,6 +28,9 @@ const AGENT_LINE: &str = "bulkhead-agent:";
 pub const MACHINE: &str = "microvm,accel=kvm,acpi=off,x-option-roms=off,pit=on,pic=on,rtc=off,\
     isa-serial=on,auto-kernel-cmdline=on";
 
+/// Some KVMs refuse the MSR of the feature that is turned off, and QEMU would end.
+pub const CPU: &str = "host,arch-capabilities=off";
+
 /// A QEMU that has just been let go. Dropping it kills it.
 struct Qemu {
     child: Child,
@@ -158,7 +161,7 @@ fn command(context: &Context, console: &Path) -> Result<Command> {
     let mut command = Command::new(PROGRAM);
     command
         .args(["-nodefaults", "-no-user-config", "-no-reboot"])
-        .args(["-display", "none", "-M", MACHINE, "-cpu", "host"])
+        .args(["-display", "none", "-M", MACHINE, "-cpu", CPU])
         .args(["-smp", "1", "-m", "128"])
         .arg("-serial")
         .arg(format!("file:{}", console.display()))
