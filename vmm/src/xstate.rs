@@ -76,6 +76,17 @@ fn kvm_failed(call: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> XstateErr
     move |source| XstateError::Kvm { call, source }
 }
 
+fn not_in_memory(
+    address: u64,
+    size: usize,
+) -> impl FnOnce(vm_memory::GuestMemoryError) -> XstateError {
+    move |source| XstateError::Memory {
+        address,
+        size,
+        source,
+    }
+}
+
 /// Which components the host's areas have, and where they end, in XSAVE's standard format.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct XstateLayout {
@@ -247,11 +258,7 @@ impl Xstate {
         let bytes = to_bytes(&area.region);
         memory
             .write_slice(&bytes[..size], GuestAddress(address))
-            .map_err(|source| XstateError::Memory {
-                address,
-                size,
-                source,
-            })
+            .map_err(not_in_memory(address, size))
     }
 
     fn load(
@@ -265,11 +272,7 @@ impl Xstate {
         let mut bytes = [0; size_of::<Area>()];
         memory
             .read_slice(&mut bytes[..size], GuestAddress(address))
-            .map_err(|source| XstateError::Memory {
-                address,
-                size,
-                source,
-            })?;
+            .map_err(not_in_memory(address, size))?;
         let area = kvm_xsave {
             region: made_valid(from_bytes(&bytes), valid),
             ..Default::default()

@@ -13,8 +13,7 @@ const V: TaskVersion = TaskVersion::V3;
 /// A bound for a loaded machine; Linux reports what is free two seconds after it was freed.
 const SLOW: Duration = Duration::from_secs(120);
 /// What the burst takes, in MiB: most of what a guest of 128 MiB has to give, and within the
-/// 64 MiB of the container's /dev. (Of half as much less than half came back: what is freed in small
-/// pieces is not reported.)
+/// 64 MiB of the container's /dev.
 const BURST_MIB: u64 = 48;
 
 /// Limits of a container in a VM that boots with 128 MiB, and one that this can't hold.
