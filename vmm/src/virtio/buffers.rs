@@ -7,6 +7,7 @@
 //! (virtio 1.3 §2.7.4: devices make no assumption about framing).
 
 use super::queue::Chain;
+use smallvec::SmallVec;
 use vm_memory::volatile_memory::VolatileSlice;
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
 
@@ -63,9 +64,15 @@ pub struct Segment {
     len: usize,
 }
 
+/// Segments, or slices, of a usual chain: so many need no allocation.
+const USUAL: usize = 6;
+
+/// Pieces of guest memory, as the VMM has it mapped.
+pub type Slices<'m> = SmallVec<[VolatileSlice<'m>; USUAL]>;
+
 /// A stream of bytes in guest memory.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Segments(Vec<Segment>);
+pub struct Segments(SmallVec<[Segment; USUAL]>);
 
 /// The two streams of a chain.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -143,8 +150,8 @@ impl Segments {
     /// Takes the first `count` bytes off, or as many as there are.
     pub fn take_front(&mut self, count: usize) -> Segments {
         let mut left = count;
-        let mut taken = Vec::new();
-        let mut rest = Vec::new();
+        let mut taken = SmallVec::new();
+        let mut rest = SmallVec::new();
         for segment in self.0.drain(..) {
             let len = segment.len.min(left);
             left -= len;
@@ -171,7 +178,7 @@ impl Segments {
     }
 
     /// The bytes as slices of the VMM's mapping.
-    pub fn slices<'m>(&self, mem: &'m GuestMemoryMmap) -> Vec<VolatileSlice<'m>> {
+    pub fn slices<'m>(&self, mem: &'m GuestMemoryMmap) -> Slices<'m> {
         self.0
             .iter()
             // Was checked in `collect`; memory does not shrink.

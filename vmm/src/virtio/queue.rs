@@ -6,6 +6,8 @@
 
 use super::Interrupt;
 use super::buffers::ChainError;
+use crate::event_loop::watch;
+use event_manager::{EventOps, EventSet, Events};
 use serde::{Deserialize, Serialize};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{Ordering, fence};
@@ -270,10 +272,11 @@ impl Virtqueue {
         self.ring.state()
     }
 
-    /// Takes note of the driver's notification.
-    pub fn take_kick(&self) {
-        // WouldBlock when there was none; nothing else can fail.
-        let _ = self.kick.read();
+    /// Has the worker called with `number` whenever the driver notifies. By edges, so that nobody
+    /// has to read the counter, which would be one call more for each notification.
+    pub fn watch(&self, ops: &mut EventOps, number: u32) {
+        let set = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        watch(ops, Events::with_data(self, number, set));
     }
 
     /// Wakes the worker up once more, for work that it has left for fairness.
@@ -348,21 +351,27 @@ impl Virtqueue {
         Ok(self.ring.disable_notification(mem)?)
     }
 
-    /// Interrupts the driver if chains were pushed and it wants to know (virtio 1.3 §2.7.7.2).
+    /// Interrupts the driver if chains were pushed and it wants to know.
     pub fn notify(
         &mut self,
         mem: &GuestMemoryMmap,
         interrupt: &Interrupt,
     ) -> Result<(), RingError> {
-        if !self.ring.ready() {
-            return Ok(());
-        }
-        let (old, new) = (self.announced, self.ring.next_used());
-        self.announced = new;
-        if !self.ring.event_idx_enabled() || self.wanted_between(mem, old, new)? {
+        if self.needs_notification(mem)? {
             interrupt.used_buffers();
         }
         Ok(())
+    }
+
+    /// Whether chains were pushed since the last call and the driver wants to know (virtio 1.3
+    /// §2.7.7.2). The caller interrupts it then.
+    pub fn needs_notification(&mut self, mem: &GuestMemoryMmap) -> Result<bool, RingError> {
+        let (old, new) = (self.announced, self.ring.next_used());
+        self.announced = new;
+        if !self.ring.ready() || old == new {
+            return Ok(false);
+        }
+        Ok(!self.ring.event_idx_enabled() || self.wanted_between(mem, old, new)?)
     }
 
     /// Whether the used ring has passed the driver's used_event on its way from `old` to `new`. The

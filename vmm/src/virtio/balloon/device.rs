@@ -5,9 +5,9 @@ use super::super::queue::{RingError, Virtqueue};
 use super::super::worker::{WorkerContext, WorkerSlot};
 use super::super::{Activation, DeviceError, DeviceType, F_EVENT_IDX, VirtioDevice};
 use super::request;
-use crate::event_loop::{EventLoopHandle, watch};
+use crate::event_loop::EventLoopHandle;
 use crate::memory;
-use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use event_manager::{EventOps, Events, MutEventSubscriber};
 use vm_memory::volatile_memory::VolatileSlice;
 
 /// Feature bit VIRTIO_BALLOON_F_REPORTING (§5.5.3): there is a queue for free pages.
@@ -132,14 +132,11 @@ fn give_back(pages: &[VolatileSlice], refused: &mut bool) {
 impl MutEventSubscriber for BalloonWorker {
     fn init(&mut self, ops: &mut EventOps) {
         for queue in &self.queues {
-            watch(ops, Events::new(queue, EventSet::IN));
+            queue.watch(ops, 0);
         }
     }
 
     fn process(&mut self, _events: Events, _ops: &mut EventOps) {
-        for queue in &self.queues {
-            queue.take_kick();
-        }
         if !self.context.broken() {
             let result = self.serve();
             self.context.check(result);

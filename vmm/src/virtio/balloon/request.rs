@@ -47,5 +47,5 @@ pub fn inflated<'m>(
 /// The free memory that the driver reports: the buffers themselves, as the device may write them
 /// (§5.5.6.7). What it may only read is none of it.
 pub fn reported<'m>(buffers: &Buffers, mem: &'m GuestMemoryMmap) -> Vec<VolatileSlice<'m>> {
-    buffers.writable.slices(mem)
+    buffers.writable.slices(mem).into_vec()
 }

@@ -11,9 +11,9 @@ use super::request::{
     ID_BYTES, Limits, MAX_DESCRIPTORS, MAX_RANGE_SECTORS, MAX_RANGES, MAX_SEGMENTS, Operation,
     Range, Request, Status,
 };
-use crate::event_loop::{EventLoopHandle, watch};
+use crate::event_loop::EventLoopHandle;
 use crate::virtio::buffers::Buffers;
-use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use event_manager::{EventOps, Events, MutEventSubscriber};
 use std::fs::File;
 use std::io;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -389,16 +389,13 @@ fn status_of(result: io::Result<()>) -> Status {
 impl MutEventSubscriber for BlockWorker {
     fn init(&mut self, ops: &mut EventOps) {
         for queue in &self.queues {
-            watch(ops, Events::new(queue, EventSet::IN));
+            queue.watch(ops, 0);
         }
     }
 
     fn process(&mut self, _events: Events, _ops: &mut EventOps) {
         if self.finished {
             return;
-        }
-        for queue in &self.queues {
-            queue.take_kick();
         }
         if !self.context.broken() {
             let result = self.serve();

@@ -5,8 +5,8 @@ use super::super::queue::{RingError, Virtqueue};
 use super::super::worker::{WorkerContext, WorkerSlot};
 use super::super::{Activation, DeviceError, DeviceType, F_EVENT_IDX, VirtioDevice};
 use super::ConsoleLog;
-use crate::event_loop::{EventLoopHandle, watch};
-use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use crate::event_loop::EventLoopHandle;
+use event_manager::{EventOps, Events, MutEventSubscriber};
 use std::sync::{Arc, Mutex, PoisonError};
 use vm_memory::GuestMemoryMmap;
 
@@ -103,14 +103,11 @@ fn write(log: &mut ConsoleLog, mut output: Segments, mem: &GuestMemoryMmap) {
 impl MutEventSubscriber for ConsoleWorker {
     fn init(&mut self, ops: &mut EventOps) {
         for queue in &self.queues {
-            watch(ops, Events::new(queue, EventSet::IN));
+            queue.watch(ops, 0);
         }
     }
 
     fn process(&mut self, _events: Events, _ops: &mut EventOps) {
-        for queue in &self.queues {
-            queue.take_kick();
-        }
         if !self.context.broken() {
             let result = self.serve();
             self.context.check(result);

@@ -9,9 +9,9 @@ use super::super::{
 };
 use super::guard::{Guard, MAX_IO};
 use super::sync::{SYNCFS, sync_all};
-use crate::event_loop::{EventLoopHandle, watch};
+use crate::event_loop::EventLoopHandle;
 use bulkhead_proto::guest::SHARE_TAG;
-use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use event_manager::{EventOps, Events, MutEventSubscriber};
 use fuse_backend_rs::abi::fuse_abi::{InHeader, Opcode, OutHeader};
 use fuse_backend_rs::api::filesystem::{FileSystem, FsOptions};
 use fuse_backend_rs::api::server::Server;
@@ -291,14 +291,11 @@ fn reply(mut answer: VirtioFsWriter, header: &InHeader, error: i32) -> Option<u3
 impl MutEventSubscriber for FsWorker {
     fn init(&mut self, ops: &mut EventOps) {
         for queue in &self.queues {
-            watch(ops, Events::new(queue, EventSet::IN));
+            queue.watch(ops, 0);
         }
     }
 
     fn process(&mut self, _events: Events, _ops: &mut EventOps) {
-        for queue in &self.queues {
-            queue.take_kick();
-        }
         if !self.context.broken() {
             let result = self.serve();
             self.context.check(result);

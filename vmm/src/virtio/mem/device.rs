@@ -9,9 +9,9 @@ use super::super::{
 };
 use super::region::{BLOCK, PlugError, Region};
 use super::request::{Blocks, Request, Response};
-use crate::event_loop::{self, EventLoopHandle, watch};
+use crate::event_loop::{self, EventLoopHandle};
 use bulkhead_proto::vmm::{HOTPLUG_BLOCK_MIB, HotplugStatus};
-use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use event_manager::{EventOps, Events, MutEventSubscriber};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -351,14 +351,11 @@ fn bytes(blocks: Blocks) -> u64 {
 impl MutEventSubscriber for MemWorker {
     fn init(&mut self, ops: &mut EventOps) {
         for queue in &self.queues {
-            watch(ops, Events::new(queue, EventSet::IN));
+            queue.watch(ops, 0);
         }
     }
 
     fn process(&mut self, _events: Events, _ops: &mut EventOps) {
-        for queue in &self.queues {
-            queue.take_kick();
-        }
         if !self.context.broken() {
             let result = self.serve();
             self.context.check(result);

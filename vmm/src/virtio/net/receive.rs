@@ -1,21 +1,24 @@
 //! Frames to the guest.
 
 use super::super::buffers::{Buffers, ChainError, Segments};
+use super::super::iovec::Room;
 use super::super::queue::{RingError, Virtqueue};
 use super::super::worker::WorkerContext;
 use super::device::NetCounters;
 use super::rate::Limiter;
 use super::tap::Tap;
 use super::{BYTES_PER_WAKE_UP, FRAMES_PER_WAKE_UP, HEADER, QUEUE_SIZE};
+use smallvec::SmallVec;
 use std::collections::VecDeque;
 use std::mem::offset_of;
 use virtio_bindings::virtio_net::virtio_net_hdr_v1;
-use vm_memory::volatile_memory::VolatileSlice;
+use vm_memory::GuestMemoryMmap;
 
 /// Longest chain; Linux uses 19 descriptors at most.
 const MAX_DESCRIPTORS: usize = 32;
-/// Most slices that one readv(2) takes (IOV_MAX).
-const MAX_SLICES: usize = 1024;
+
+/// Heads of the chains that a frame fills, and how far.
+type Filled = SmallVec<[(u16, u32); 4]>;
 
 /// A receive queue.
 #[derive(Debug)]
@@ -23,8 +26,10 @@ pub struct Receiver {
     pub queue: Virtqueue,
     /// Chains that were taken from the queue and hold no frame yet, oldest first.
     waiting: VecDeque<Waiting>,
-    /// Room in them, in bytes.
-    room: usize,
+    /// Their bytes, in the same order.
+    room: Room,
+    /// How many those are.
+    free: usize,
     /// Room that the longest frame may take, header included.
     needed: usize,
     /// A frame may take several chains (VIRTIO_NET_F_MRG_RXBUF).
@@ -38,12 +43,14 @@ struct Waiting {
     head: u16,
     buffer: Segments,
     len: usize,
+    /// Of the room.
+    vectors: usize,
 }
 
 /// What became of a try to receive.
 enum Received {
-    /// A frame is in the first chains: so many bytes.
-    Frame(usize),
+    /// A frame of so many bytes is in the first chains.
+    Frame(usize, Filled),
     /// A frame was lost, as it has no room.
     Lost,
     /// There is none.
@@ -52,11 +59,12 @@ enum Received {
 
 impl Receiver {
     /// For frames of up to `needed` bytes, header included.
-    pub fn new(queue: Virtqueue, needed: usize, mergeable: bool) -> Self {
+    pub fn new(queue: Virtqueue, needed: usize, mergeable: bool, mem: GuestMemoryMmap) -> Self {
         Self {
             queue,
             waiting: VecDeque::new(),
-            room: 0,
+            room: Room::new(mem),
+            free: 0,
             needed,
             mergeable,
             // The tap says so by an edge, which may have come before anyone watched.
@@ -65,7 +73,7 @@ impl Receiver {
     }
 
     /// Moves frames from the tap to the guest until there are none, no chains, or it is the turn of
-    /// others; then the queue's descriptor is signalled.
+    /// others; then the queue's descriptor is signalled. The driver isn't told of them yet.
     pub fn serve(
         &mut self,
         context: &WorkerContext,
@@ -75,7 +83,6 @@ impl Receiver {
     ) -> Result<(), RingError> {
         let mut frames_left = FRAMES_PER_WAKE_UP;
         let mut bytes_left = BYTES_PER_WAKE_UP;
-        let mut pushed = false;
         while self.readable && self.has_room(context)? {
             if frames_left == 0 || bytes_left == 0 {
                 self.queue.rearm();
@@ -86,19 +93,15 @@ impl Receiver {
             }
             frames_left -= 1;
             match self.receive(context, tap) {
-                Received::Frame(len) => {
+                Received::Frame(len, filled) => {
                     limiter.passed(len);
                     bytes_left = bytes_left.saturating_sub(len);
                     counters.received(len);
-                    self.give(context, len)?;
-                    pushed = true;
+                    self.give(context, &filled)?;
                 }
                 Received::Lost => counters.lost(),
                 Received::Nothing => self.readable = false,
             }
-        }
-        if pushed {
-            self.queue.notify(&context.mem, &context.interrupt)?;
         }
         Ok(())
     }
@@ -120,9 +123,10 @@ impl Receiver {
                     let what = "the header of a frame";
                     return Err(ChainError::TooShort { head, what }.into());
                 }
-                self.room += len;
+                self.free += len;
                 self.waiting.push_back(Waiting {
                     head,
+                    vectors: self.room.add(&writable),
                     buffer: writable,
                     len,
                 });
@@ -139,31 +143,22 @@ impl Receiver {
 
     fn enough(&self) -> bool {
         match self.mergeable {
-            true => self.room >= self.needed || self.waiting.len() >= usize::from(QUEUE_SIZE),
+            true => self.free >= self.needed || self.waiting.len() >= usize::from(QUEUE_SIZE),
             false => !self.waiting.is_empty(),
         }
     }
 
-    fn receive(&self, context: &WorkerContext, tap: &Tap) -> Received {
-        let chains = if self.mergeable {
-            self.waiting.len()
-        } else {
-            1
+    fn receive(&mut self, context: &WorkerContext, tap: &Tap) -> Received {
+        let most = match (self.mergeable, self.waiting.front()) {
+            (false, Some(first)) => first.vectors,
+            _ => usize::MAX,
         };
-        let slices: Vec<VolatileSlice> = self
-            .waiting
-            .iter()
-            .take(chains)
-            .flat_map(|waiting| waiting.buffer.slices(&context.mem))
-            .take(MAX_SLICES)
-            .collect();
-        let room: usize = slices.iter().map(VolatileSlice::len).sum();
-        match tap.receive(&slices) {
-            Ok(len) if len < HEADER || (len == room && len < self.needed) => Received::Lost,
-            Ok(len) => {
-                let used = self.chains_of(len).len() as u16;
-                write_at(&slices, offset_of!(virtio_net_hdr_v1, num_buffers), used);
-                Received::Frame(len)
+        match tap.receive(&mut self.room, most) {
+            Ok((len, room)) if len < HEADER || (len == room && len < self.needed) => Received::Lost,
+            Ok((len, _)) => {
+                let filled = self.chains_of(len);
+                self.tell_chains(context, filled.len() as u16);
+                Received::Frame(len, filled)
             }
             // A tap has taken the frame off then; an edge comes with the next one.
             Err(error) if error.raw_os_error() == Some(libc::EFAULT) => Received::Lost,
@@ -171,8 +166,18 @@ impl Receiver {
         }
     }
 
+    /// Says in a frame's header how many chains it has (§5.1.6.4). The whole header is in the first.
+    fn tell_chains(&self, context: &WorkerContext, chains: u16) {
+        let Some(first) = self.waiting.front() else {
+            return;
+        };
+        let mut rest = first.buffer.clone();
+        rest.take_front(offset_of!(virtio_net_hdr_v1, num_buffers));
+        rest.write(&context.mem, &chains.to_le_bytes());
+    }
+
     /// The first chains that a frame of `len` bytes fills, and how far.
-    fn chains_of(&self, mut len: usize) -> Vec<(u16, u32)> {
+    fn chains_of(&self, mut len: usize) -> Filled {
         self.waiting
             .iter()
             .map_while(|waiting| {
@@ -184,25 +189,11 @@ impl Receiver {
             .collect()
     }
 
-    fn give(&mut self, context: &WorkerContext, len: usize) -> Result<(), RingError> {
-        let chains = self.chains_of(len);
-        for waiting in self.waiting.drain(..chains.len()) {
-            self.room -= waiting.len;
+    fn give(&mut self, context: &WorkerContext, filled: &Filled) -> Result<(), RingError> {
+        for waiting in self.waiting.drain(..filled.len()) {
+            self.free -= waiting.len;
+            self.room.remove(waiting.vectors);
         }
-        self.queue.push_together(&context.mem, &chains)
-    }
-}
-
-/// Writes a little-endian number at `offset` of the slices together.
-fn write_at(slices: &[VolatileSlice], mut offset: usize, value: u16) {
-    let mut bytes = value.to_le_bytes().into_iter().peekable();
-    for slice in slices {
-        while offset < slice.len() {
-            let Some(byte) = bytes.next() else { return };
-            // Within the slice, as was just checked.
-            let _ = vm_memory::Bytes::write_obj(slice, byte, offset);
-            offset += 1;
-        }
-        offset -= slice.len();
+        self.queue.push_together(&context.mem, filled)
     }
 }

@@ -1,7 +1,7 @@
 //! The host's end of a network device: a descriptor that gives and takes one frame at a time, each
 //! with a header in front; knows nothing of queues.
 
-use super::super::iovec::{IoVectors, writev_after};
+use super::super::iovec::{IoVectors, Room};
 use super::HEADER;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -184,13 +184,13 @@ impl Tap {
         check(unsafe { libc::ioctl(self.as_raw_fd(), ioctls::SET_QUEUE as _, &raw const request) })
     }
 
-    /// Reads a frame and its header into the slices, at most IOV_MAX (1024) of them; tells their
-    /// length.
+    /// Reads a frame and its header into the first vectors of the room, at most `most` of them;
+    /// tells their length, and how long they might have been. The room stays as it is.
     ///
     /// # Errors
     /// What readv(2) says; WouldBlock when there is none.
-    pub fn receive(&self, slices: &[VolatileSlice]) -> io::Result<usize> {
-        IoVectors::new(slices).readv(self)
+    pub fn receive(&self, room: &mut Room, most: usize) -> io::Result<(usize, usize)> {
+        room.readv(self, most)
     }
 
     /// Writes a frame: `start`, which has its header, and the slices, fewer than IOV_MAX.
@@ -198,7 +198,7 @@ impl Tap {
     /// # Errors
     /// What writev(2) says; WouldBlock when there is no room.
     pub fn send(&self, start: &[u8], slices: &[VolatileSlice]) -> io::Result<usize> {
-        writev_after(self, start, slices)
+        IoVectors::after(start, slices).writev(self)
     }
 }
 

@@ -254,6 +254,23 @@ fn only_the_card_s_own_frames_are_sent() {
 const START_LESS_ONE: usize = HEADER + ETHERNET_HEADER - 1;
 
 #[test]
+fn an_answer_comes_with_the_same_interrupt() {
+    let mut driver = Driver::new(config(), 1, MERGEABLE);
+    driver.arrives(0, &[1; 60]);
+    // Nothing can happen, so there is nothing to wait for but time.
+    std::thread::sleep(Duration::from_millis(50));
+    // Without a notification of its own this room is found when something is sent.
+    driver.queues[0].add(&[Desc::writable(BUFFERS, BUFFER_LEN)]);
+    driver.send(1, &frame(MAC, 2));
+    driver.queues[1].kick();
+    assert_eq!(driver.queues[0].wait_used(), (0, 72));
+    assert_eq!(driver.queues[1].wait_used(), (0, 0));
+    assert_eq!(driver.wait_sent(0), frame(MAC, 2));
+    let line = || driver.interrupt.line().read().ok();
+    assert_eq!(wait_until("an interrupt", line), 1);
+}
+
+#[test]
 fn a_full_tap_stops_the_guest_and_loses_nothing() {
     let mut driver = Driver::new(config(), 1, 0);
     setsockopt(&driver.peers[0], sockopt::RcvBuf, &2048).unwrap();

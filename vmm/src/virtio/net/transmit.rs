@@ -47,15 +47,17 @@ impl Transmitter {
     }
 
     /// Moves frames from the guest to the tap until there are none, no room, or it is the turn of
-    /// others; then the queue's descriptor is signalled.
+    /// others; then the queue's descriptor is signalled. Whether any went; the driver isn't told of
+    /// them yet.
     pub fn serve(
         &mut self,
         context: &WorkerContext,
         tap: &Tap,
         limiter: &mut Limiter,
         counters: &NetCounters,
-    ) -> Result<(), RingError> {
+    ) -> Result<bool, RingError> {
         let mem = &context.mem;
+        let mut sent = false;
         let mut frames_left = FRAMES_PER_WAKE_UP;
         let mut bytes_left = BYTES_PER_WAKE_UP;
         self.blocked = false;
@@ -80,6 +82,7 @@ impl Transmitter {
             frames_left -= 1;
             match self.send(context, tap, buffers, counters) {
                 Sent::Gone(len) => {
+                    sent = true;
                     limiter.passed(len);
                     counters.sent(len);
                     bytes_left = bytes_left.saturating_sub(len);
@@ -93,7 +96,7 @@ impl Transmitter {
             }
             self.queue.push(mem, head, 0)?;
         }
-        self.queue.notify(mem, &context.interrupt)
+        Ok(sent)
     }
 
     fn send(

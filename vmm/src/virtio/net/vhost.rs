@@ -281,7 +281,6 @@ impl VhostWorker {
         let Some(queue) = &mut self.control else {
             return;
         };
-        queue.take_kick();
         if self.context.broken() {
             return;
         }
@@ -304,7 +303,7 @@ impl MutEventSubscriber for VhostWorker {
             self.context.interrupt.needs_reset("net", &error);
         }
         if let Some(queue) = &self.control {
-            watch(ops, Events::with_data(queue, CONTROL, EventSet::IN));
+            queue.watch(ops, CONTROL);
         }
         if let Some(failure) = &self.failure {
             watch(ops, Events::with_data(failure, FAILED, EventSet::IN));

@@ -1,6 +1,6 @@
 //! Which queue is served when, on the event loop's thread.
 
-use super::super::queue::Virtqueue;
+use super::super::queue::{RingError, Virtqueue};
 use super::super::worker::WorkerContext;
 use super::super::{Activation, DeviceType};
 use super::control;
@@ -30,6 +30,34 @@ struct Pair {
     tap: Arc<Tap>,
     receiver: Receiver,
     transmitter: Transmitter,
+    /// The tap is watched for room, too.
+    room_watched: bool,
+}
+
+/// The number of a pair's event.
+fn number(index: usize, kind: u32) -> u32 {
+    index as u32 * KINDS + kind
+}
+
+impl Pair {
+    fn tap_events(&self, index: usize) -> Events {
+        let mut set = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        set.set(EventSet::OUT, self.room_watched);
+        Events::with_data(&*self.tap, number(index, TAP), set)
+    }
+
+    /// Watches the tap for room while it has none. Otherwise the thread would wake up for a tap that
+    /// was readable for a moment, as it has room nearly always.
+    fn watch_room(&mut self, ops: &mut EventOps, index: usize) {
+        if self.room_watched == self.transmitter.blocked {
+            return;
+        }
+        self.room_watched = self.transmitter.blocked;
+        // If there is room or a frame by now, the event comes at once.
+        if let Err(error) = ops.modify(self.tap_events(index)) {
+            tracing::error!("watching a tap for room failed: {error}");
+        }
+    }
 }
 
 /// Serves all queues of a device.
@@ -101,8 +129,9 @@ impl NetWorker {
             };
             pairs.push(Pair {
                 tap: Arc::clone(tap),
-                receiver: Receiver::new(receive, needed, mergeable),
+                receiver: Receiver::new(receive, needed, mergeable, mem.clone()),
                 transmitter: Transmitter::new(transmit, (!config.any_sender).then_some(config.mac)),
+                room_watched: false,
             });
         }
         Self {
@@ -130,38 +159,75 @@ impl NetWorker {
     }
 
     fn receive(&mut self, index: usize) {
-        if index >= self.used || self.context.broken() {
+        if self.context.broken() {
             return;
         }
-        if let Some(pair) = self.pairs.get_mut(index) {
-            let result = pair.receiver.serve(
-                &self.context,
-                &pair.tap,
-                &mut self.limiters.to_guest,
-                &self.counters,
-            );
-            self.context.check(result);
-        }
+        let served = self.take_frames(index);
+        let result = served.and_then(|()| self.tell_driver(index));
+        self.context.check(result);
     }
 
     /// Unlike [`NetWorker::receive`] also for pairs that aren't used: their driver may have frames
     /// in them from before.
-    fn transmit(&mut self, index: usize) {
+    fn transmit(&mut self, index: usize, ops: &mut EventOps) {
         if self.context.broken() {
             return;
         }
+        let served = self.give_frames(index);
+        let result = served.and_then(|()| self.tell_driver(index));
+        self.context.check(result);
         if let Some(pair) = self.pairs.get_mut(index) {
-            let result = pair.transmitter.serve(
-                &self.context,
-                &pair.tap,
-                &mut self.limiters.from_guest,
-                &self.counters,
-            );
-            self.context.check(result);
+            pair.watch_room(ops, index);
         }
     }
 
-    fn tap_event(&mut self, index: usize, events: EventSet) {
+    fn take_frames(&mut self, index: usize) -> Result<(), RingError> {
+        match self.pairs.get_mut(index) {
+            Some(pair) if index < self.used => pair.receiver.serve(
+                &self.context,
+                &pair.tap,
+                &mut self.limiters.to_guest,
+                &self.counters,
+            ),
+            _ => Ok(()),
+        }
+    }
+
+    /// What a peer on this host answers at once (TCP's acknowledgements) is in the tap as soon as
+    /// the frame is out of our hands. It is taken in the same go: one wake-up of this thread and one
+    /// interrupt instead of two.
+    fn give_frames(&mut self, index: usize) -> Result<(), RingError> {
+        let Some(pair) = self.pairs.get_mut(index) else {
+            return Ok(());
+        };
+        let sent = pair.transmitter.serve(
+            &self.context,
+            &pair.tap,
+            &mut self.limiters.from_guest,
+            &self.counters,
+        )?;
+        if !sent {
+            return Ok(());
+        }
+        pair.receiver.readable = true;
+        self.take_frames(index)
+    }
+
+    /// Interrupts the driver, once for both queues.
+    fn tell_driver(&mut self, index: usize) -> Result<(), RingError> {
+        let Some(pair) = self.pairs.get_mut(index) else {
+            return Ok(());
+        };
+        let mem = &self.context.mem;
+        let received = pair.receiver.queue.needs_notification(mem)?;
+        let sent = pair.transmitter.queue.needs_notification(mem)?;
+        if received || sent {
+            self.context.interrupt.used_buffers();
+        }
+        Ok(())
+    }
+
+    fn tap_event(&mut self, index: usize, events: EventSet, ops: &mut EventOps) {
         let Some(pair) = self.pairs.get_mut(index) else {
             return;
         };
@@ -171,7 +237,7 @@ impl NetWorker {
             self.receive(index);
         }
         if events.contains(EventSet::OUT) && blocked {
-            self.transmit(index);
+            self.transmit(index, ops);
         }
     }
 
@@ -179,7 +245,6 @@ impl NetWorker {
         let Some(queue) = &mut self.control else {
             return;
         };
-        queue.take_kick();
         if self.context.broken() {
             return;
         }
@@ -228,21 +293,13 @@ impl NetWorker {
 impl MutEventSubscriber for NetWorker {
     fn init(&mut self, ops: &mut EventOps) {
         self.prepare_taps();
-        let edge = EventSet::EDGE_TRIGGERED;
         for (index, pair) in self.pairs.iter().enumerate() {
-            let number = |kind| index as u32 * KINDS + kind;
-            let queues = [
-                (&pair.receiver.queue, RECEIVE),
-                (&pair.transmitter.queue, TRANSMIT),
-            ];
-            for (queue, kind) in queues {
-                watch(ops, Events::with_data(queue, number(kind), EventSet::IN));
-            }
-            let both = EventSet::IN | EventSet::OUT | edge;
-            watch(ops, Events::with_data(&*pair.tap, number(TAP), both));
+            pair.receiver.queue.watch(ops, number(index, RECEIVE));
+            pair.transmitter.queue.watch(ops, number(index, TRANSMIT));
+            watch(ops, pair.tap_events(index));
         }
         if let Some(queue) = &self.control {
-            watch(ops, Events::with_data(queue, CONTROL, EventSet::IN));
+            queue.watch(ops, CONTROL);
         }
         let limits = [
             (&self.limiters.to_guest, TO_GUEST),
@@ -250,33 +307,27 @@ impl MutEventSubscriber for NetWorker {
         ];
         for (limiter, number) in limits {
             if let Some(timer) = limiter.timer() {
-                watch(ops, Events::with_data(timer, number, EventSet::IN | edge));
+                let set = EventSet::IN | EventSet::EDGE_TRIGGERED;
+                watch(ops, Events::with_data(timer, number, set));
             }
         }
     }
 
-    fn process(&mut self, events: Events, _ops: &mut EventOps) {
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
         match events.data() {
             CONTROL => self.control(),
             TO_GUEST => (0..self.pairs.len()).for_each(|index| self.receive(index)),
-            FROM_GUEST => (0..self.pairs.len()).for_each(|index| self.transmit(index)),
+            FROM_GUEST => (0..self.pairs.len()).for_each(|index| self.transmit(index, ops)),
             number => {
                 let index = (number / KINDS) as usize;
                 let Some(pair) = self.pairs.get(index) else {
                     return;
                 };
                 match number % KINDS {
-                    RECEIVE => {
-                        pair.receiver.queue.take_kick();
-                        self.receive(index);
-                    }
-                    TRANSMIT => {
-                        pair.transmitter.queue.take_kick();
-                        if !pair.transmitter.blocked {
-                            self.transmit(index);
-                        }
-                    }
-                    _ => self.tap_event(index, events.event_set()),
+                    RECEIVE => self.receive(index),
+                    TRANSMIT if pair.transmitter.blocked => {}
+                    TRANSMIT => self.transmit(index, ops),
+                    _ => self.tap_event(index, events.event_set(), ops),
                 }
             }
         }

@@ -4,8 +4,8 @@ use super::super::buffers::{Buffers, Segments};
 use super::super::queue::{RingError, Virtqueue};
 use super::super::worker::{WorkerContext, WorkerSlot};
 use super::super::{Activation, DeviceError, DeviceType, F_EVENT_IDX, VirtioDevice};
-use crate::event_loop::{EventLoopHandle, watch};
-use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use crate::event_loop::EventLoopHandle;
+use event_manager::{EventOps, Events, MutEventSubscriber};
 use vm_memory::GuestMemoryMmap;
 
 /// Linux has one request under way at a time.
@@ -107,14 +107,11 @@ fn fill(buffer: &Segments, mem: &GuestMemoryMmap) -> u32 {
 impl MutEventSubscriber for RngWorker {
     fn init(&mut self, ops: &mut EventOps) {
         for queue in &self.queues {
-            watch(ops, Events::new(queue, EventSet::IN));
+            queue.watch(ops, 0);
         }
     }
 
     fn process(&mut self, _events: Events, _ops: &mut EventOps) {
-        for queue in &self.queues {
-            queue.take_kick();
-        }
         if !self.context.broken() {
             let result = self.serve();
             self.context.check(result);

@@ -334,7 +334,7 @@ impl VsockWorker {
 impl MutEventSubscriber for VsockWorker {
     fn init(&mut self, ops: &mut EventOps) {
         for (queue, index) in self.queues.iter().zip(0..) {
-            watch(ops, Events::with_data(queue, index, EventSet::IN));
+            queue.watch(ops, index);
         }
         let set = EventSet::IN | EventSet::EDGE_TRIGGERED;
         let fd = self.muxer.listener_fd();
@@ -342,9 +342,6 @@ impl MutEventSubscriber for VsockWorker {
     }
 
     fn process(&mut self, events: Events, ops: &mut EventOps) {
-        if let Some(queue) = self.queue(events.data()) {
-            queue.take_kick();
-        }
         if self.context.broken() {
             return;
         }
