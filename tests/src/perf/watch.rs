@@ -147,7 +147,12 @@ impl Watch {
             match self.seen.recv_timeout(left) {
                 Ok(seen) if wanted(&seen) => return Ok(seen),
                 Ok(_) => {}
-                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(Error::Unexpected(format!(
+                        "waiting for {what}: all that was watched has ended"
+                    )));
+                }
+                Err(RecvTimeoutError::Timeout) => {
                     return Err(Error::TimedOut {
                         what: what.into(),
                         seconds: timeout.as_secs(),
@@ -233,7 +238,7 @@ impl Watcher {
     fn run(mut self, stop: &AtomicBool) {
         be_prompt();
         while !stop.load(Ordering::Relaxed) {
-            self.wait();
+            let ended = self.wait();
             let mut found = Vec::new();
             for ring in &self.execs {
                 ring.drain(|record| found.extend(exec_of(&record)));
@@ -250,22 +255,26 @@ impl Watcher {
                 self.entries.clear();
             }
             found.extend(first);
-            if found.is_empty() {
-                continue;
+            if !found.is_empty() {
+                let instructions = self.counter.as_deref().and_then(|c| c.read().ok());
+                found.sort_by_key(|seen| seen.at_ns);
+                for seen in found {
+                    let _ = self.sender.send(Seen {
+                        instructions,
+                        ..seen
+                    });
+                }
             }
-            let instructions = self.counter.as_deref().and_then(|c| c.read().ok());
-            found.sort_by_key(|seen| seen.at_ns);
-            for seen in found {
-                let _ = self.sender.send(Seen {
-                    instructions,
-                    ..seen
-                });
+            // Whoever waits for more learns by the channel's end that there is none.
+            if ended {
+                return;
             }
         }
     }
 
-    /// Until there is something to read, or for a moment.
-    fn wait(&self) {
+    /// Until there is something to read, or for a moment. Whether all that was watched has ended:
+    /// then no more comes than is there now.
+    fn wait(&self) -> bool {
         let rings = [&self.execs, &self.entries, &self.addresses];
         let mut polled: Vec<libc::pollfd> = rings
             .into_iter()
@@ -278,13 +287,9 @@ impl Watcher {
             .collect();
         // SAFETY: `polled` is an array of as many entries as are named.
         unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, LOOK_UP) };
-        // All that was watched has ended: no record will come, and poll doesn't wait any more.
-        if polled
+        polled
             .iter()
             .all(|entry| entry.revents & libc::POLLHUP != 0)
-        {
-            std::thread::sleep(Duration::from_millis(LOOK_UP as u64));
-        }
     }
 }
 

@@ -347,7 +347,7 @@ fn ended(what: &str, status: &str, words: &str) -> Error {
 }
 
 /// The last lines of a file.
-fn tail(path: &Path) -> String {
+pub fn tail(path: &Path) -> String {
     let text = std::fs::read(path).unwrap_or_default();
     let text = String::from_utf8_lossy(&text).into_owned();
     let lines: Vec<&str> = text.lines().rev().take(6).collect();

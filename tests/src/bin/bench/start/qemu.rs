@@ -5,12 +5,14 @@
 
 use super::Context;
 use super::vmm::{add_footprint, add_seen, first_entry};
+use crate::guests::tail;
 use crate::hold;
 use bulkhead_proto::vmm::KvmKind;
 use bulkhead_tests::error::{Context as _, Error, Result};
 use bulkhead_tests::figures::{Figure, Sample, ms_between};
 use bulkhead_tests::perf::{Seen, Watch, now_ns};
 use bulkhead_vmm::command_line::{self, Words};
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -47,7 +49,7 @@ impl Qemu {
         let child = hold::held(&command)?
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(Stdio::null())
+            .stderr(File::create(words_of(&folder)).context(|| "make a log".into())?)
             .spawn()
             .context(|| format!("start {PROGRAM}"))?;
         let mut qemu = Self {
@@ -63,6 +65,20 @@ impl Qemu {
         Ok(qemu)
     }
 
+    /// With how it has ended, if it has, and with its last words and the guest's.
+    fn explained(&mut self, error: Error) -> Error {
+        let ended = match self.child.try_wait() {
+            Ok(Some(status)) => format!("QEMU has ended, {status}"),
+            _ => "QEMU runs".to_owned(),
+        };
+        let told = format!(
+            "{error}; {ended}; it says: {}; console: {}",
+            tail(&words_of(&self.folder)),
+            tail(&self.console())
+        );
+        Error::Unexpected(told)
+    }
+
     /// What the guest has printed.
     fn console(&self) -> PathBuf {
         console_of(&self.folder)
@@ -71,6 +87,11 @@ impl Qemu {
 
 fn console_of(folder: &TempDir) -> PathBuf {
     folder.path().join("console")
+}
+
+/// What QEMU itself says.
+fn words_of(folder: &TempDir) -> PathBuf {
+    folder.path().join("stderr")
 }
 
 impl Drop for Qemu {
@@ -85,8 +106,8 @@ impl Drop for Qemu {
 /// # Errors
 /// When there is none.
 pub fn short(context: &Context) -> Result<Sample> {
-    let qemu = Qemu::start(context)?;
-    first_entry(context, qemu.watch.as_ref(), qemu.began)
+    let mut qemu = Qemu::start(context)?;
+    first_entry(context, qemu.watch.as_ref(), qemu.began).map_err(|error| qemu.explained(error))
 }
 
 /// One boot, up to the agent's knock.
@@ -101,7 +122,7 @@ pub fn boot(context: &Context) -> Result<Sample> {
     let mut seen: Vec<Seen> = Vec::new();
     let by_mark = context.kvm == KvmKind::Emulated && watch.is_some();
     let pause = Duration::from_millis(if by_mark { 20 } else { 2 });
-    let knocked = wait_until(context, &mut qemu, &console, pause, || {
+    let knocked = wait_until(context, &mut qemu, pause, || {
         seen.extend(watch.iter().flat_map(|watch| watch.seen()));
         if by_mark {
             let knock = seen.iter().find(|seen| context.marks.is_knock(seen));
@@ -173,11 +194,10 @@ fn command(context: &Context, console: &Path) -> Result<Command> {
     Ok(command)
 }
 
-/// Asks `done` again and again, with a pause between.
+/// Asks `done` again and again, with a pause between, as long as QEMU runs.
 fn wait_until(
     context: &Context,
     qemu: &mut Qemu,
-    console: &Path,
     pause: Duration,
     mut done: impl FnMut() -> Option<u64>,
 ) -> Result<u64> {
@@ -186,24 +206,16 @@ fn wait_until(
         if let Some(at) = done() {
             return Ok(at);
         }
-        let tail = || {
-            let text = std::fs::read(console).unwrap_or_default();
-            let text = String::from_utf8_lossy(&text).into_owned();
-            let lines: Vec<&str> = text.lines().rev().take(4).collect();
-            lines.into_iter().rev().collect::<Vec<_>>().join(" | ")
-        };
-        if let Ok(Some(status)) = qemu.child.try_wait() {
-            return Err(Error::Unexpected(format!(
-                "QEMU ended before the agent knocked: {status}; console: {}",
-                tail()
-            )));
+        let what = "the agent's knock under QEMU";
+        if !matches!(qemu.child.try_wait(), Ok(None)) {
+            return Err(qemu.explained(Error::Unexpected(format!("{what} never came"))));
         }
         if Instant::now() > end {
-            return Err(Error::TimedOut {
-                what: "the agent's knock under QEMU".into(),
+            return Err(qemu.explained(Error::TimedOut {
+                what: what.into(),
                 seconds: context.boot_limit.as_secs(),
-                detail: format!("; console: {}", tail()),
-            });
+                detail: String::new(),
+            }));
         }
         std::thread::sleep(pause);
     }
