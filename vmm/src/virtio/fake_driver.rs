@@ -3,7 +3,7 @@
 //!
 //! It panics where a guest would crash: nothing but tests and benchmarks may use it.
 
-use super::queue::QueueConfig;
+use super::queue_config::QueueConfig;
 use super::{Activation, Interrupt, Virtqueue};
 use crate::event_loop::EventLoop;
 use crate::seccomp::{self, ThreadKind};

@@ -227,7 +227,7 @@ mod tests {
             [1, 0, 1],
             "vectors of each"
         );
-        let mut write = |bytes: &[u8]| std::io::Write::write_all(&mut &there, bytes).unwrap();
+        let write = |bytes: &[u8]| std::io::Write::write_all(&mut &there, bytes).unwrap();
 
         write(b"01234567");
         assert_eq!(room.readv(&here, 1).unwrap(), (4, 4));

@@ -27,6 +27,7 @@ pub mod mem;
 pub mod mmio;
 pub mod net;
 pub mod queue;
+pub mod queue_config;
 pub mod rng;
 #[cfg(test)]
 pub(crate) mod testing;

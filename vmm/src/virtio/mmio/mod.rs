@@ -19,7 +19,8 @@ mod status;
 #[cfg(test)]
 mod tests;
 
-use super::queue::{QueueConfig, Virtqueue};
+use super::queue::Virtqueue;
+use super::queue_config::QueueConfig;
 use super::{Activation, DeviceType, F_EVENT_IDX, F_VERSION_1, Interrupt, VirtioDevice};
 use registers::Register;
 pub use state::{StateError, TransportState};

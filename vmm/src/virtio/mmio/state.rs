@@ -1,9 +1,8 @@
 //! A transport as part of a saved machine: suspended, described, and resumed from a description,
 //! which may be hostile.
 
-use super::super::queue::{
-    QueueConfig, QueueConfigError, QueueIndexError, QueuePosition, Virtqueue,
-};
+use super::super::queue::{QueueIndexError, QueuePosition, Virtqueue};
+use super::super::queue_config::{QueueConfig, QueueConfigError};
 use super::super::{Activation, DeviceState, DeviceType, F_EVENT_IDX, SuspendError};
 use super::status::Status;
 use super::{DriverState, MmioTransport};
