@@ -204,6 +204,8 @@ const PLUG: &[u64] = &[
     tap::SET_HEADER_LENGTH,
     tap::SET_OFFLOAD,
 ];
+/// Of all threads: each serves devices that interrupt the guest.
+const KVM_IRQ_LINE: u64 = 0x4008_ae61;
 /// Plugging memory. Of this process's memory, which is all that it can give to the guest, the
 /// thread that may do it holds none that the guest's own devices don't.
 const KVM_SET_USER_MEMORY_REGION: u64 = 0x4020_ae46;
@@ -305,13 +307,12 @@ fn compile(kind: ThreadKind) -> Result<BpfProgram, seccompiler::BackendError> {
         // The file server changes flags of files as the guest asks.
         rules.insert(libc::SYS_fcntl, Vec::new());
     }
-    if !ioctls.is_empty() {
-        let allowed = ioctls
-            .iter()
-            .map(|number| argument_is(1, *number))
-            .collect::<Result<_, _>>()?;
-        rules.insert(libc::SYS_ioctl, allowed);
-    }
+    let ioctls = ioctls
+        .iter()
+        .chain(&[KVM_IRQ_LINE])
+        .map(|number| argument_is(1, *number))
+        .collect::<Result<_, _>>()?;
+    rules.insert(libc::SYS_ioctl, ioctls);
     SeccompFilter::new(
         rules,
         SeccompAction::Trap,
@@ -421,6 +422,22 @@ mod tests {
             unsafe { libc::ioctl(-1, libc::TCGETS, 0) };
         };
         assert_eq!(in_child(ThreadKind::Vcpu, other), EXIT_TRAPPED);
+    }
+
+    #[test]
+    fn every_thread_may_interrupt_the_guest() {
+        for kind in [
+            ThreadKind::Main,
+            ThreadKind::Vcpu,
+            ThreadKind::Events,
+            ThreadKind::FileServer,
+        ] {
+            let interrupt = || {
+                // SAFETY: on a bad descriptor no memory is touched.
+                unsafe { libc::ioctl(-1, KVM_IRQ_LINE as _, 0) };
+            };
+            assert_eq!(in_child(kind, interrupt), 0, "{kind:?}");
+        }
     }
 
     #[test]

@@ -1,7 +1,9 @@
-//! How a device's window is connected to KVM: an irqfd on its line, an ioeventfd for each queue.
+//! How a device's window is connected to KVM: a pin of the I/O APIC with an irqfd, and an ioeventfd
+//! for each queue.
 
 use bulkhead_proto::vmm::{FIRST_SPARE_SLOT, SPARE_SLOTS};
 use kvm_ioctls::{IoEventAddress, VmFd};
+use std::sync::Arc;
 use thiserror::Error;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
@@ -9,6 +11,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::arch::x86_64::layout;
 use crate::coalesced;
 use crate::virtio::VirtioDevice;
+use crate::virtio::interrupt::Line;
 use crate::virtio::mmio::{
     self, ACKNOWLEDGEMENT, MMIO_SIZE, MmioTransport, PREPARING, QUEUE_NOTIFY,
 };
@@ -86,16 +89,17 @@ impl Place {
     /// [`WiringError`]; nothing is connected then.
     pub fn connect(
         self,
-        vm: &VmFd,
+        vm: &Arc<VmFd>,
         memory: &GuestMemoryMmap,
         device: Box<dyn VirtioDevice>,
     ) -> Result<MmioTransport, WiringError> {
-        let line = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(|source| {
+        let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(|source| {
             WiringError::EventFd {
                 slot: self.slot,
                 source,
             }
         })?;
+        let line = Line::of_pin(event, Arc::clone(vm), self.irq);
         let window = MmioTransport::new(memory.clone(), device, line)?;
         if let Err(error) = self.register(vm, &window) {
             self.disconnect(vm, &window);
@@ -105,7 +109,7 @@ impl Place {
     }
 
     fn register(self, vm: &VmFd, window: &MmioTransport) -> Result<(), WiringError> {
-        vm.register_irqfd(window.interrupt_line(), self.irq)
+        vm.register_irqfd(window.interrupt_event(), self.irq)
             .map_err(self.refused("KVM_IRQFD"))?;
         for (index, event) in window.queue_events().iter().enumerate() {
             vm.register_ioevent(event, &self.notify(), index as u32)
@@ -120,7 +124,7 @@ impl Place {
             // Fails for what isn't registered, and for nothing else.
             let _ = vm.unregister_ioevent(event, &self.notify(), index as u32);
         }
-        let _ = vm.unregister_irqfd(window.interrupt_line(), self.irq);
+        let _ = vm.unregister_irqfd(window.interrupt_event(), self.irq);
         let (offset, length) = ACKNOWLEDGEMENT;
         coalesced::leave(vm, self.address() + offset, length);
     }

@@ -8,6 +8,7 @@ use super::vm::VmState;
 use super::{HostKvm, MachineState, Shape, UartState};
 use crate::config::{BlockResource, TemplateFiles};
 use crate::snapshot::Template;
+use crate::virtio::interrupt::Line;
 use crate::virtio::mmio::MmioTransport;
 use crate::virtio::rng::RngDevice;
 use crate::virtio::testing::{event_loop, memory};
@@ -49,7 +50,8 @@ fn shape() -> Shape {
 fn state() -> MachineState {
     let events = event_loop();
     let device = Box::new(RngDevice::new(events.handle()));
-    let mut window = MmioTransport::new(memory(), device, EventFd::new(0).unwrap()).unwrap();
+    let line = Line::of_event(EventFd::new(0).unwrap());
+    let mut window = MmioTransport::new(memory(), device, line).unwrap();
     MachineState {
         shape: shape(),
         host: HostKvm::synthetic(),

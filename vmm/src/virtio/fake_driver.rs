@@ -3,6 +3,7 @@
 //!
 //! It panics where a guest would crash: nothing but tests and benchmarks may use it.
 
+use super::interrupt::Line;
 use super::queue_config::QueueConfig;
 use super::{Activation, Interrupt, Virtqueue};
 use crate::event_loop::EventLoop;
@@ -223,7 +224,7 @@ pub fn activation(
     let line = EventFd::new(EFD_NONBLOCK).unwrap();
     let activation = Activation {
         mem: mem.clone(),
-        interrupt: Arc::new(Interrupt::new(line.try_clone().unwrap())),
+        interrupt: Arc::new(Interrupt::new(Line::of_event(line.try_clone().unwrap()))),
         queues: queues.iter().map(|queue| queue.device_side(mem)).collect(),
         features,
     };

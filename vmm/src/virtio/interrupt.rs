@@ -1,5 +1,7 @@
 //! Notifications from device to driver (virtio 1.3 §4.2.3.4).
 
+use kvm_ioctls::VmFd;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
 use vmm_sys_util::eventfd::EventFd;
@@ -12,7 +14,7 @@ use vmm_sys_util::eventfd::EventFd;
 /// acknowledgement takes back only what was raised before the driver's last look.
 #[derive(Debug)]
 pub struct Interrupt {
-    line: EventFd,
+    line: Line,
     /// The register's bits, and above them, by [`UNSEEN`], those of them that were raised since the
     /// driver has last read it.
     status: AtomicU32,
@@ -21,13 +23,58 @@ pub struct Interrupt {
     standing: AtomicU32,
 }
 
+/// How an edge-triggered interrupt comes to the guest's interrupt controller.
+#[derive(Debug)]
+pub struct Line {
+    event: EventFd,
+    pin: Option<Pin>,
+}
+
+/// Of KVM's I/O APIC.
+#[derive(Debug)]
+struct Pin {
+    vm: Arc<VmFd>,
+    number: u32,
+}
+
+impl Line {
+    /// A pin of the machine's I/O APIC, for which `event` is registered as irqfd.
+    ///
+    /// We pulse the pin by calls: for an irqfd of such a pin KVM wakes up a kernel thread, which
+    /// takes longer and comes later where the host is busy. The irqfd is for those who interrupt
+    /// without this process (vhost).
+    pub fn of_pin(event: EventFd, vm: Arc<VmFd>, number: u32) -> Self {
+        Line {
+            event,
+            pin: Some(Pin { vm, number }),
+        }
+    }
+
+    /// A descriptor that somebody reads, where there is no machine: in tests and benchmarks.
+    pub fn of_event(event: EventFd) -> Self {
+        Line { event, pin: None }
+    }
+
+    fn raise(&self) -> Result<(), Box<dyn std::error::Error>> {
+        match &self.pin {
+            Some(Pin { vm, number }) => {
+                vm.set_irq_line(*number, true)?;
+                vm.set_irq_line(*number, false)?;
+            }
+            // Fails only if the counter is full: then there is an interrupt that nobody has taken.
+            None => self.event.write(1)?,
+        }
+        Ok(())
+    }
+}
+
 /// How far above a bit of the register the one is that says that it's new.
 const UNSEEN: u32 = 16;
 const SEEN_BITS: u32 = (1 << UNSEEN) - 1;
 
 impl Interrupt {
-    /// `line` is registered with KVM as an irqfd of an edge-triggered interrupt.
-    pub fn new(line: EventFd) -> Self {
+    /// Raised on this line.
+    pub fn new(line: Line) -> Self {
         Interrupt {
             line,
             status: AtomicU32::new(0),
@@ -36,9 +83,9 @@ impl Interrupt {
         }
     }
 
-    /// The descriptor that is registered as irqfd.
-    pub fn line(&self) -> &EventFd {
-        &self.line
+    /// The line's descriptor.
+    pub fn event(&self) -> &EventFd {
+        &self.line.event
     }
 
     /// Used buffer notification: a queue's used ring has new entries.
@@ -115,9 +162,7 @@ impl Interrupt {
     fn raise(&self, bit: u32) {
         // The driver reads the status after the interrupt, so the bit must be there before.
         self.status.fetch_or(bit | bit << UNSEEN, Ordering::AcqRel);
-        // Fails only if the counter is full; KVM's irqfd has then not yet taken the last
-        // interrupt, which does for this one too.
-        if let Err(error) = self.line.write(1) {
+        if let Err(error) = self.line.raise() {
             tracing::debug!("raising an interrupt: {error}");
         }
     }
@@ -132,7 +177,7 @@ mod tests {
     #[test]
     fn bits_stay_until_acknowledged() {
         let line = EventFd::new(EFD_NONBLOCK).unwrap();
-        let interrupt = Interrupt::new(line.try_clone().unwrap());
+        let interrupt = Interrupt::new(Line::of_event(line.try_clone().unwrap()));
         interrupt.used_buffers();
         interrupt.config_changed();
         assert_eq!(line.read().unwrap(), 2);
@@ -146,7 +191,7 @@ mod tests {
     #[test]
     fn what_the_driver_has_not_seen_stays() {
         let line = EventFd::new(EFD_NONBLOCK).unwrap();
-        let interrupt = Interrupt::new(line);
+        let interrupt = Interrupt::new(Line::of_event(line));
         interrupt.used_buffers();
         assert_eq!(interrupt.look(), 1);
         // The acknowledgement of that look comes after this.
@@ -161,7 +206,7 @@ mod tests {
     #[test]
     fn needs_reset_is_told_once_until_reset() {
         let line = EventFd::new(EFD_NONBLOCK).unwrap();
-        let interrupt = Interrupt::new(line.try_clone().unwrap());
+        let interrupt = Interrupt::new(Line::of_event(line.try_clone().unwrap()));
         interrupt.needs_reset("test", &"because");
         interrupt.needs_reset("test", &"again");
         assert_eq!(line.read().unwrap(), 1);
@@ -193,7 +238,7 @@ mod tests {
         /// nothing that was neither raised since nor left by it.
         #[test]
         fn nothing_is_lost_and_nothing_made_up(steps in steps()) {
-            let interrupt = Interrupt::new(EventFd::new(EFD_NONBLOCK).unwrap());
+            let interrupt = Interrupt::new(Line::of_event(EventFd::new(EFD_NONBLOCK).unwrap()));
             let (mut unseen, mut seen) = (0, 0);
             for step in steps {
                 match step {

@@ -19,6 +19,7 @@ mod status;
 #[cfg(test)]
 mod tests;
 
+use super::interrupt::Line;
 use super::queue::Virtqueue;
 use super::queue_config::QueueConfig;
 use super::{Activation, DeviceType, F_EVENT_IDX, F_VERSION_1, Interrupt, VirtioDevice};
@@ -124,12 +125,11 @@ impl DriverState {
 }
 
 impl MmioTransport {
-    /// A transport for `device`; `irq` is registered as irqfd of the interrupt that the guest is
-    /// told of.
+    /// A transport for `device`; `line` is of the interrupt that the guest is told of.
     pub fn new(
         mem: GuestMemoryMmap,
         device: Box<dyn VirtioDevice>,
-        irq: EventFd,
+        line: Line,
     ) -> Result<Self, Error> {
         let event_error = |source| Error::EventFd {
             device: device.device_type(),
@@ -148,7 +148,7 @@ impl MmioTransport {
             .map_err(event_error)?;
         Ok(MmioTransport {
             driver: DriverState::new(queue_sizes),
-            interrupt: Arc::new(Interrupt::new(irq)),
+            interrupt: Arc::new(Interrupt::new(line)),
             kicks: Some(kicks),
             mem,
             device,
@@ -161,9 +161,9 @@ impl MmioTransport {
         &self.queue_events
     }
 
-    /// The interrupt's descriptor, which is registered as irqfd.
-    pub fn interrupt_line(&self) -> &EventFd {
-        self.interrupt.line()
+    /// The interrupt's descriptor: register it as irqfd.
+    pub fn interrupt_event(&self) -> &EventFd {
+        self.interrupt.event()
     }
 
     /// Which device is behind the window.

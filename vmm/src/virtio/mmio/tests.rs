@@ -68,8 +68,12 @@ impl Driver {
             queues: Vec::new(),
         };
         let line = EventFd::new(EFD_NONBLOCK).unwrap();
-        let transport =
-            MmioTransport::new(memory(), Box::new(device), line.try_clone().unwrap()).unwrap();
+        let transport = MmioTransport::new(
+            memory(),
+            Box::new(device),
+            Line::of_event(line.try_clone().unwrap()),
+        )
+        .unwrap();
         Driver {
             transport,
             seen,

@@ -266,7 +266,7 @@ fn an_answer_comes_with_the_same_interrupt() {
     assert_eq!(driver.queues[0].wait_used(), (0, 72));
     assert_eq!(driver.queues[1].wait_used(), (0, 0));
     assert_eq!(driver.wait_sent(0), frame(MAC, 2));
-    let line = || driver.interrupt.line().read().ok();
+    let line = || driver.interrupt.event().read().ok();
     assert_eq!(wait_until("an interrupt", line), 1);
 }
 
