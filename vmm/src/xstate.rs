@@ -1,6 +1,6 @@
 //! Extended registers (AVX and the like) where guest kernel mode is emulated. Programs run on the CPU
 //! and use them, but KVM's instruction emulator has no XSAVE and XRSTOR, with which a kernel saves
-//! them. So the VMM does it for the guest's kernel, at writes of 32 bits to three ports
+//! them. So the VMM does it for the guest's kernel, at writes of 32 bits to four ports
 //! (`guest-kernel/patches`, x86: extended registers saved by the VMM). Every byte here is the guest's
 //! word, and harms nobody but its programs.
 
@@ -16,6 +16,7 @@ pub const FIRST_PORT: u16 = 0x5c0;
 const FEATURES: u16 = FIRST_PORT;
 const SAVE: u16 = FIRST_PORT + 4;
 const LOAD: u16 = FIRST_PORT + 8;
+const SAVE_THEN_LOAD: u16 = FIRST_PORT + 12;
 
 /// Areas are named by their address in these units, so that 32 bits suffice for 256 GiB of addresses.
 const ADDRESS_UNIT: u64 = 64;
@@ -38,6 +39,9 @@ const LEAST_AREA: usize = 576;
 /// 32-bit words of an area (Intel SDM 1, §13.4): MXCSR, its mask, and the header's parts.
 const MXCSR: usize = 6;
 const MXCSR_MASK: usize = 7;
+/// First of those that XSAVE and XRSTOR leave to software (§13.4.1): here the guest's kernel names
+/// the area to save to before this one is loaded.
+const SAVE_TO: usize = 116;
 const XSTATE_BV: usize = 128;
 const HEADER_REST: std::ops::Range<usize> = 130..144;
 /// MXCSR's mask where an area names none (Intel SDM 1, §11.6.6).
@@ -155,19 +159,28 @@ pub enum XstateRequest {
     Save(u64),
     /// XRSTOR from it.
     Load(u64),
+    /// XSAVE to the address that the area at this one names, then XRSTOR from this one: a switch
+    /// between two programs in one exit.
+    SaveThenLoad(u64),
 }
 
 impl XstateRequest {
     /// The request that a write of `data` to `port` is, if it is one.
     pub fn of(port: u16, data: &[u8]) -> Option<Self> {
-        let value = u64::from(u32::from_le_bytes(data.try_into().ok()?));
+        let value = u32::from_le_bytes(data.try_into().ok()?);
         match port {
-            FEATURES => Some(Self::Features(value)),
-            SAVE => Some(Self::Save(value * ADDRESS_UNIT)),
-            LOAD => Some(Self::Load(value * ADDRESS_UNIT)),
+            FEATURES => Some(Self::Features(value.into())),
+            SAVE => Some(Self::Save(address_of(value))),
+            LOAD => Some(Self::Load(address_of(value))),
+            SAVE_THEN_LOAD => Some(Self::SaveThenLoad(address_of(value))),
             _ => None,
         }
     }
+}
+
+/// Below [`ADDRESS_LIMIT`], whatever the guest says.
+fn address_of(units: u32) -> u64 {
+    u64::from(units) * ADDRESS_UNIT
 }
 
 /// A vCPU's extended registers.
@@ -209,6 +222,7 @@ impl Xstate {
             XstateRequest::Features(features) => self.set_features(vcpu, features),
             XstateRequest::Save(address) => self.save(vcpu, memory, address),
             XstateRequest::Load(address) => self.load(vcpu, memory, address),
+            XstateRequest::SaveThenLoad(address) => self.save_then_load(vcpu, memory, address),
         }
     }
 
@@ -254,11 +268,7 @@ impl Xstate {
     ) -> Result<(), XstateError> {
         let valid = self.valid(vcpu)?;
         let size = self.layout.size(valid.features);
-        let area = vcpu.get_xsave().map_err(kvm_failed("KVM_GET_XSAVE"))?;
-        let bytes = to_bytes(&area.region);
-        memory
-            .write_slice(&bytes[..size], GuestAddress(address))
-            .map_err(not_in_memory(address, size))
+        write_area(memory, address, &registers(vcpu)?[..size])
     }
 
     fn load(
@@ -269,17 +279,58 @@ impl Xstate {
     ) -> Result<(), XstateError> {
         let valid = self.valid(vcpu)?;
         let size = self.layout.size(valid.features);
-        let mut bytes = [0; size_of::<Area>()];
-        memory
-            .read_slice(&mut bytes[..size], GuestAddress(address))
-            .map_err(not_in_memory(address, size))?;
-        let area = kvm_xsave {
-            region: made_valid(from_bytes(&bytes), valid),
-            ..Default::default()
-        };
-        // SAFETY: KVM reads no more than the structure has: `XstateLayout::of_host` made sure.
-        unsafe { vcpu.set_xsave(&area) }.map_err(kvm_failed("KVM_SET_XSAVE"))
+        set_registers(vcpu, made_valid(read_area(memory, address, size)?, valid))
     }
+
+    fn save_then_load(
+        &mut self,
+        vcpu: &VcpuFd,
+        memory: &GuestMemoryMmap,
+        address: u64,
+    ) -> Result<(), XstateError> {
+        let valid = self.valid(vcpu)?;
+        let size = self.layout.size(valid.features);
+        let area = exchange(memory, address, &registers(vcpu)?[..size])?;
+        set_registers(vcpu, made_valid(area, valid))
+    }
+}
+
+fn registers(vcpu: &VcpuFd) -> Result<[u8; size_of::<Area>()], XstateError> {
+    let area = vcpu.get_xsave().map_err(kvm_failed("KVM_GET_XSAVE"))?;
+    Ok(to_bytes(&area.region))
+}
+
+fn set_registers(vcpu: &VcpuFd, region: Area) -> Result<(), XstateError> {
+    let area = kvm_xsave {
+        region,
+        ..Default::default()
+    };
+    // SAFETY: KVM reads no more than the structure has: `XstateLayout::of_host` made sure.
+    unsafe { vcpu.set_xsave(&area) }.map_err(kvm_failed("KVM_SET_XSAVE"))
+}
+
+fn read_area(memory: &GuestMemoryMmap, address: u64, size: usize) -> Result<Area, XstateError> {
+    let mut bytes = [0; size_of::<Area>()];
+    memory
+        .read_slice(&mut bytes[..size], GuestAddress(address))
+        .map_err(not_in_memory(address, size))?;
+    Ok(from_bytes(&bytes))
+}
+
+fn write_area(memory: &GuestMemoryMmap, address: u64, bytes: &[u8]) -> Result<(), XstateError> {
+    memory
+        .write_slice(bytes, GuestAddress(address))
+        .map_err(not_in_memory(address, bytes.len()))
+}
+
+/// The area at `address`, and `saved` in memory where that area says. It is read once and as a whole
+/// before anything is written, so where the two overlap, what was there before is what is loaded.
+/// The address stays behind: it is none of a program's registers.
+fn exchange(memory: &GuestMemoryMmap, address: u64, saved: &[u8]) -> Result<Area, XstateError> {
+    let mut area = read_area(memory, address, saved.len())?;
+    let save_to = address_of(std::mem::take(&mut area[SAVE_TO]));
+    write_area(memory, save_to, saved)?;
+    Ok(area)
 }
 
 /// An area as KVM takes it, without what XRSTOR refuses (Intel SDM 1, §13.8.1): of components in use
@@ -313,79 +364,4 @@ fn from_bytes(bytes: &[u8; size_of::<Area>()]) -> Area {
 }
 
 #[cfg(test)]
-mod tests {
-    use kvm_bindings::kvm_cpuid_entry2;
-    use proptest::prelude::*;
-
-    use super::*;
-
-    /// Leaf 0xd of a processor with `offered` and, from bit 2 on, components of these (size, offset).
-    fn cpuid(offered: u32, components: &[(u32, u32, u32)]) -> CpuId {
-        let leaf = |index, eax, ebx| kvm_cpuid_entry2 {
-            function: LEAF,
-            index,
-            eax,
-            ebx,
-            ..Default::default()
-        };
-        let mut entries = vec![leaf(0, offered, 0)];
-        let parts = components.iter();
-        entries.extend(parts.map(|(index, size, offset)| leaf(*index, *size, *offset)));
-        CpuId::from_entries(&entries).unwrap()
-    }
-
-    const ZEN: &[(u32, u32, u32)] = &[(2, 256, 576), (5, 64, 832), (6, 512, 896), (7, 1024, 1408)];
-
-    #[test]
-    fn an_area_ends_with_the_last_component_in_use() {
-        let layout = XstateLayout::of_cpuid(&cpuid(0x2e7, ZEN)).unwrap();
-        assert_eq!(layout.known(u64::MAX), 0xe7);
-        assert_eq!(layout.size(0x3), LEAST_AREA);
-        assert_eq!(layout.size(0x7), 832);
-        assert_eq!(layout.size(0xe7), 2432);
-    }
-
-    #[test]
-    fn without_avx_there_is_nothing_to_do() {
-        assert_eq!(XstateLayout::of_cpuid(&cpuid(0x3, &[])), None);
-        assert_eq!(XstateLayout::of_cpuid(&cpuid(0x7, &[])), None);
-        let beyond = [(2, 256, 4000)];
-        assert_eq!(XstateLayout::of_cpuid(&cpuid(0x7, &beyond)), None);
-        let overflowing = [(2, 256, u32::MAX)];
-        assert_eq!(XstateLayout::of_cpuid(&cpuid(0x7, &overflowing)), None);
-    }
-
-    #[test]
-    fn requests_are_writes_of_32_bits() {
-        let address = 0x1234_5678_u32.to_le_bytes();
-        let request = |port| XstateRequest::of(port, &address);
-        assert_eq!(request(SAVE), Some(XstateRequest::Save(0x4_8d15_9e00)));
-        assert_eq!(request(LOAD), Some(XstateRequest::Load(0x4_8d15_9e00)));
-        assert_eq!(
-            request(FEATURES),
-            Some(XstateRequest::Features(0x1234_5678))
-        );
-        assert_eq!(request(FIRST_PORT + 1), None);
-        assert_eq!(XstateRequest::of(SAVE, &[0]), None);
-    }
-
-    proptest! {
-        #[test]
-        fn what_is_loaded_has_nothing_reserved(
-            bytes in prop::collection::vec(any::<u8>(), size_of::<Area>()),
-            features: u64,
-        ) {
-            let bytes: [u8; size_of::<Area>()] = bytes.try_into().unwrap();
-            let layout = XstateLayout::of_cpuid(&cpuid(0xe7, ZEN)).unwrap();
-            let features = layout.known(features);
-            let area = made_valid(from_bytes(&bytes), Valid { features, mxcsr: 0xffff });
-            let found = to_bytes(&area);
-            prop_assert_eq!(&found[..24], &bytes[..24]);
-            prop_assert_eq!(&found[28..512], &bytes[28..512]);
-            prop_assert_eq!(&found[576..], &bytes[576..]);
-            prop_assert_eq!(area[MXCSR] >> 16, 0);
-            prop_assert_eq!(u64::from(area[XSTATE_BV]) & !features, 0);
-            prop_assert!(found[516..576].iter().all(|byte| *byte == 0));
-        }
-    }
-}
+mod tests;
