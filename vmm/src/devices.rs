@@ -8,13 +8,13 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Instant;
 
 use bulkhead_proto::vmm::{Event, HotplugStatus};
-use kvm_ioctls::VmFd;
 use thiserror::Error;
 
 use crate::config::BlockResource;
 use crate::event_loop::{self, EventLoop, EventLoopHandle};
 use crate::events::EventSink;
 use crate::memory::Memory;
+use crate::pins::Pins;
 use crate::seccomp::{ThreadKind, ThreadStart};
 use crate::virtio::balloon::BalloonDevice;
 use crate::virtio::block::{Backing, BackingError, BlockDevice, BlockHandle, SetBackingError};
@@ -94,7 +94,7 @@ pub enum HotplugRequestError {
 /// What devices are built from.
 pub struct DeviceContext<'a> {
     /// For interrupt lines, notifications and plugged memory.
-    pub vm: &'a Arc<VmFd>,
+    pub pins: &'a Arc<Pins>,
     /// Guest memory.
     pub memory: &'a Memory,
     /// How many MiB of its region can be plugged.
@@ -201,7 +201,7 @@ impl Devices {
         }
         devices.push(Box::new(BalloonDevice::new(events.clone())));
         let mem = context.memory.hotplug.as_ref().map(|region| {
-            let slots = KvmSlots::new(Arc::clone(context.vm), Arc::clone(region));
+            let slots = KvmSlots::new(Arc::clone(context.pins.vm()), Arc::clone(region));
             let region = Region::new(Arc::clone(region), Box::new(slots));
             let sink = context.events.clone();
             let reached = Box::new(move |mib| sink.send(&Event::HotplugReached { mib }));
@@ -217,12 +217,12 @@ impl Devices {
             .enumerate()
             .map(|(slot, device)| {
                 let window = Place::of_boot_device(slot).connect(
-                    context.vm,
+                    context.pins,
                     &context.memory.whole,
                     device,
                 )?;
                 if !context.ready {
-                    Place::of_boot_device(slot).gather_writes(context.vm)?;
+                    Place::of_boot_device(slot).gather_writes(context.pins.vm())?;
                 }
                 Ok(window)
             })

@@ -17,6 +17,7 @@ pub mod events;
 pub mod kernel;
 pub mod machine;
 pub mod memory;
+pub mod pins;
 pub mod privileges;
 pub mod probe;
 pub mod recipe;

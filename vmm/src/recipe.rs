@@ -20,6 +20,7 @@ use crate::events::EventSink;
 use crate::kernel::{self, KernelError};
 use crate::machine::{Ended, Machine};
 use crate::memory::{self, Memory, MemoryError};
+use crate::pins::Pins;
 use crate::privileges::{self, PrivilegeError};
 use crate::probe::{self, ProbeError};
 use crate::seccomp::{self, Filters, SeccompError, ThreadKind, ThreadStart};
@@ -124,13 +125,14 @@ pub(crate) fn build(
     };
     let vm = Arc::new(create_vm(&resources.kvm, &memory.boot)?);
     let vcpus = create_vcpus(&resources.kvm, &vm, &shape, &supported)?;
+    let pins = Arc::new(Pins::new(Arc::clone(&vm)));
 
     let console = Arc::new(Mutex::new(ConsoleLog::new(
         resources.console_log,
         resources.console_limit,
     )));
     let (devices, windows) = Devices::build(DeviceContext {
-        vm: &vm,
+        pins: &pins,
         memory: &memory,
         hotplug_mib: resources.hotplug_mib,
         block: resources.block,
@@ -158,7 +160,7 @@ pub(crate) fn build(
     let vcpus = start_vcpus(vcpus, xstate, &bus, &memory.whole, &ended, &on_start)?;
     devices.count_exits(vcpus.exits());
     let spares = Spares::new(
-        Arc::clone(&vm),
+        pins,
         memory.whole.clone(),
         Arc::clone(&bus),
         devices.event_loop().clone(),

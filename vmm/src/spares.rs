@@ -5,13 +5,13 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use bulkhead_proto::vmm::{FIRST_SPARE_SLOT, PluggedDevice, PluggedSlot, RateLimit, SPARE_SLOTS};
-use kvm_ioctls::VmFd;
 use thiserror::Error;
 use vm_memory::GuestMemoryMmap;
 
 use crate::bus::Bus;
 use crate::config::{ConfigError, check_serial};
 use crate::event_loop::EventLoopHandle;
+use crate::pins::Pins;
 use crate::virtio::block::{Backing, BackingError, BlockDevice};
 use crate::virtio::net::{
     NetConfig, NetCounters, NetDevice, Tap, TapError, VhostError, VhostNetDevice,
@@ -65,7 +65,7 @@ pub enum SpareError {
 
 /// The machine's spare slots and what is in them.
 pub struct Spares {
-    vm: Arc<VmFd>,
+    pins: Arc<Pins>,
     /// What devices work on.
     memory: GuestMemoryMmap,
     bus: Arc<Bus>,
@@ -82,13 +82,13 @@ struct Plugged {
 impl Spares {
     /// Empty slots of `bus`, for devices that work on `memory` in `events`.
     pub fn new(
-        vm: Arc<VmFd>,
+        pins: Arc<Pins>,
         memory: GuestMemoryMmap,
         bus: Arc<Bus>,
         events: EventLoopHandle,
     ) -> Self {
         Self {
-            vm,
+            pins,
             memory,
             bus,
             events,
@@ -183,7 +183,7 @@ impl Spares {
             .and_then(|place| Some((place, self.bus.unplug(slot)?)))
             .ok_or(SpareError::Empty(slot))?;
         // No further notifications, then no worker, then no line to raise.
-        place.disconnect(&self.vm, &window);
+        place.disconnect(self.pins.vm(), &window);
         window.end();
         self.plugged.remove(&slot);
         Ok(())
@@ -199,9 +199,9 @@ impl Spares {
             device: device.device_type(),
             net,
         };
-        let window = place.connect(&self.vm, &self.memory, device)?;
-        if let Err(error) = place.gather_acknowledgements(&self.vm) {
-            place.disconnect(&self.vm, &window);
+        let window = place.connect(&self.pins, &self.memory, device)?;
+        if let Err(error) = place.gather_acknowledgements(self.pins.vm()) {
+            place.disconnect(self.pins.vm(), &window);
             return Err(error.into());
         }
         self.bus.plug(place.slot, window);

@@ -10,6 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::x86_64::layout;
 use crate::coalesced;
+use crate::pins::Pins;
 use crate::virtio::VirtioDevice;
 use crate::virtio::interrupt::Line;
 use crate::virtio::mmio::{
@@ -89,7 +90,7 @@ impl Place {
     /// [`WiringError`]; nothing is connected then.
     pub fn connect(
         self,
-        vm: &Arc<VmFd>,
+        pins: &Arc<Pins>,
         memory: &GuestMemoryMmap,
         device: Box<dyn VirtioDevice>,
     ) -> Result<MmioTransport, WiringError> {
@@ -99,10 +100,10 @@ impl Place {
                 source,
             }
         })?;
-        let line = Line::of_pin(event, Arc::clone(vm), self.irq);
+        let line = Line::of_pin(event, Arc::clone(pins), self.irq);
         let window = MmioTransport::new(memory.clone(), device, line)?;
-        if let Err(error) = self.register(vm, &window) {
-            self.disconnect(vm, &window);
+        if let Err(error) = self.register(pins.vm(), &window) {
+            self.disconnect(pins.vm(), &window);
             return Err(error);
         }
         Ok(window)

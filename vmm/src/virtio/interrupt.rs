@@ -1,6 +1,6 @@
 //! Notifications from device to driver (virtio 1.3 §4.2.3.4).
 
-use kvm_ioctls::VmFd;
+use crate::pins::Pins;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
@@ -23,30 +23,20 @@ pub struct Interrupt {
     standing: AtomicU32,
 }
 
-/// How an edge-triggered interrupt comes to the guest's interrupt controller.
+/// How an interrupt comes to the guest's interrupt controller.
 #[derive(Debug)]
 pub struct Line {
     event: EventFd,
-    pin: Option<Pin>,
-}
-
-/// Of KVM's I/O APIC.
-#[derive(Debug)]
-struct Pin {
-    vm: Arc<VmFd>,
-    number: u32,
+    /// Which of them.
+    pin: Option<(Arc<Pins>, u32)>,
 }
 
 impl Line {
     /// A pin of the machine's I/O APIC, for which `event` is registered as irqfd.
-    ///
-    /// We pulse the pin by calls: for an irqfd of such a pin KVM wakes up a kernel thread, which
-    /// takes longer and comes later where the host is busy. The irqfd is for those who interrupt
-    /// without this process (vhost).
-    pub fn of_pin(event: EventFd, vm: Arc<VmFd>, number: u32) -> Self {
+    pub fn of_pin(event: EventFd, pins: Arc<Pins>, pin: u32) -> Self {
         Line {
             event,
-            pin: Some(Pin { vm, number }),
+            pin: Some((pins, pin)),
         }
     }
 
@@ -56,15 +46,13 @@ impl Line {
     }
 
     fn raise(&self) -> Result<(), Box<dyn std::error::Error>> {
-        match &self.pin {
-            Some(Pin { vm, number }) => {
-                vm.set_irq_line(*number, true)?;
-                vm.set_irq_line(*number, false)?;
-            }
-            // Fails only if the counter is full: then there is an interrupt that nobody has taken.
-            None => self.event.write(1)?,
+        if let Some((pins, pin)) = &self.pin
+            && pins.pulse(*pin)?
+        {
+            return Ok(());
         }
-        Ok(())
+        // Fails only if the counter is full: then there is an interrupt that nobody has taken.
+        Ok(self.event.write(1)?)
     }
 }
 
@@ -85,6 +73,14 @@ impl Interrupt {
 
     /// The line's descriptor.
     pub fn event(&self) -> &EventFd {
+        &self.line.event
+    }
+
+    /// The same, for somebody else who raises the line by it.
+    pub fn share(&self) -> &EventFd {
+        if let Some((pins, _)) = &self.line.pin {
+            pins.leave_to_irqfds();
+        }
         &self.line.event
     }
 

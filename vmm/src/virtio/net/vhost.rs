@@ -211,7 +211,7 @@ impl VhostWorker {
             let none = io::Error::from_raw_os_error(libc::EMFILE);
             return Err(VhostError::EventFd(none));
         };
-        let line = self.context.interrupt.event();
+        let line = self.context.interrupt.share();
         for pair in &self.pairs {
             // A queue that the driver has left out never has anything in it.
             if pair.queues.iter().all(Virtqueue::is_ready) {
