@@ -11,7 +11,8 @@ use vmm_sys_util::eventfd::EventFd;
 ///
 /// The driver's acknowledgement may come late, since KVM gathers it (see `wiring.rs`): by then the
 /// worker may have raised the same bit again, for something that the driver has not seen. So an
-/// acknowledgement takes back only what was raised before the driver's last look.
+/// acknowledgement takes back only what was raised before the driver's last look. And until it looks
+/// it isn't interrupted again: it will see all there is.
 #[derive(Debug)]
 pub struct Interrupt {
     line: Line,
@@ -143,8 +144,16 @@ impl Interrupt {
     /// it is said again; a driver that knows it already reads a register of zeros.
     pub(super) fn restore(&self, status: u32) {
         let status = status & (VIRTIO_MMIO_INT_VRING | VIRTIO_MMIO_INT_CONFIG);
-        if status != 0 {
-            self.raise(status);
+        self.status
+            .fetch_or(status | status << UNSEEN, Ordering::AcqRel);
+        self.repeat();
+    }
+
+    /// Interrupts once more for what the driver has not seen, if there is anything: when it can't
+    /// have been interrupted before, say because it only now is at its interrupt.
+    pub(super) fn repeat(&self) {
+        if self.status.load(Ordering::Acquire) >> UNSEEN != 0 {
+            self.interrupt();
         }
     }
 
@@ -157,7 +166,15 @@ impl Interrupt {
 
     fn raise(&self, bit: u32) {
         // The driver reads the status after the interrupt, so the bit must be there before.
-        self.status.fetch_or(bit | bit << UNSEEN, Ordering::AcqRel);
+        let before = self.status.fetch_or(bit | bit << UNSEEN, Ordering::AcqRel);
+        // Otherwise it has been interrupted and has not read the register yet: when it does it finds
+        // this bit, too, and a second interrupt would be for nothing.
+        if before >> UNSEEN == 0 {
+            self.interrupt();
+        }
+    }
+
+    fn interrupt(&self) {
         if let Err(error) = self.line.raise() {
             tracing::debug!("raising an interrupt: {error}");
         }
@@ -176,7 +193,7 @@ mod tests {
         let interrupt = Interrupt::new(Line::of_event(line.try_clone().unwrap()));
         interrupt.used_buffers();
         interrupt.config_changed();
-        assert_eq!(line.read().unwrap(), 2);
+        assert_eq!(line.read().unwrap(), 1, "one interrupt for both");
         assert_eq!(interrupt.look(), 3);
         interrupt.acknowledge(1);
         assert_eq!(interrupt.status(), 2);
@@ -197,6 +214,24 @@ mod tests {
         assert_eq!(interrupt.look(), 1);
         interrupt.acknowledge(u32::MAX);
         assert_eq!(interrupt.look(), 0);
+    }
+
+    #[test]
+    fn what_may_have_been_lost_is_told_again() {
+        let line = EventFd::new(EFD_NONBLOCK).unwrap();
+        let interrupt = Interrupt::new(Line::of_event(line.try_clone().unwrap()));
+        interrupt.repeat();
+        assert!(line.read().is_err());
+        interrupt.config_changed();
+        assert_eq!(line.read().unwrap(), 1);
+        interrupt.repeat();
+        assert_eq!(line.read().unwrap(), 1);
+        assert_eq!(interrupt.look(), 2);
+        interrupt.repeat();
+        assert!(line.read().is_err());
+        interrupt.restore(interrupt.status());
+        assert_eq!(line.read().unwrap(), 1);
+        assert_eq!(interrupt.look(), 2);
     }
 
     #[test]
@@ -231,15 +266,18 @@ mod tests {
 
     proptest! {
         /// Whatever a driver acknowledges, and when: it sees what was raised since its last look, and
-        /// nothing that was neither raised since nor left by it.
+        /// nothing that was neither raised since nor left by it; and it is interrupted once for all
+        /// that it will see by one look.
         #[test]
         fn nothing_is_lost_and_nothing_made_up(steps in steps()) {
-            let interrupt = Interrupt::new(Line::of_event(EventFd::new(EFD_NONBLOCK).unwrap()));
+            let line = EventFd::new(EFD_NONBLOCK).unwrap();
+            let interrupt = Interrupt::new(Line::of_event(line.try_clone().unwrap()));
             let (mut unseen, mut seen) = (0, 0);
             for step in steps {
                 match step {
                     Step::Raise(bits) => {
                         interrupt.raise(bits);
+                        prop_assert_eq!(line.read().is_ok(), unseen == 0);
                         unseen |= bits;
                     }
                     Step::Look => {

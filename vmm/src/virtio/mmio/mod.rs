@@ -379,6 +379,8 @@ impl MmioTransport {
                 .needs_reset(name, &"its queues were lost with its event loop");
             return;
         };
+        // A driver has its interrupt by now, but need not have had it when the configuration changed.
+        self.interrupt.repeat();
         let event_idx = self.driver.features & F_EVENT_IDX != 0;
         let rings = self
             .driver
