@@ -1,6 +1,7 @@
 //! Reads and writes by fio: on a disk, on the EROFS root, on virtio-fs; in guests of Bulkhead's and
 //! QEMU's, interleaved, and on the host under runc.
 
+use crate::guests::placement::{self, Placement};
 use crate::guests::report::{Figure, Report, Row, Sample, figure};
 use crate::guests::{
     Counts, DATA_SERIAL, Devices, Guest, Room, Subject, Window, progress, runc, subjects,
@@ -161,7 +162,7 @@ pub fn measure(artifacts: &Artifacts, arguments: &Arguments) -> Result<()> {
         kvm: bench.room.kvm,
         figures: &FIGURES,
         rows: bench.rows.into_iter().map(|(_, row)| row).collect(),
-        notes: notes(arguments),
+        notes: notes(arguments, bench.room.placement.as_ref()),
         repeat: format!("scripts/dev bench io --runs {}", arguments.runs),
         failures: bench.failures,
     };
@@ -407,7 +408,7 @@ fn runc_sample(artifacts: &Artifacts, case: &Case, data: &Path) -> Result<Sample
         .ok_or_else(|| Error::Unexpected("fio says nothing of its job".into()))
 }
 
-fn notes(arguments: &Arguments) -> Vec<String> {
+fn notes(arguments: &Arguments, placement: Option<&Placement>) -> Vec<String> {
     let backing = match &arguments.backing {
         Some(_) => "in the folder that --backing names",
         None => "on a temporary file system, so that the device models are compared and no disk is",
@@ -427,6 +428,7 @@ fn notes(arguments: &Arguments) -> Vec<String> {
          each job, less those of the same job with fio's null engine, just before: a job's memory, thread \
          and marks are in both."
             .to_owned(),
+        placement::note(placement),
         "Device CPU time: of all threads that run no vCPU, user and kernel mode together; it leaves out \
          what a vCPU's thread does itself for an exit, of which the number of exits tells."
             .to_owned(),

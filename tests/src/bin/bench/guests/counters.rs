@@ -114,12 +114,21 @@ fn process_ns(pid: u32) -> Result<u64> {
     Ok(time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64)
 }
 
-/// The threads of a process that run vCPUs, by their names: Bulkhead's, and QEMU's with
-/// debug-threads=on.
+/// What a thread does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// It runs a vCPU.
+    Vcpu,
+    /// Anything else.
+    Other,
+}
+
+/// The threads of a process; those that run vCPUs are known by their names: Bulkhead's, and QEMU's
+/// with debug-threads=on.
 ///
 /// # Errors
 /// When /proc can't be read.
-pub fn vcpu_threads(pid: u32) -> Result<Vec<u32>> {
+pub fn threads(pid: u32) -> Result<Vec<(u32, Kind)>> {
     let folder = format!("/proc/{pid}/task");
     let mut threads = Vec::new();
     for task in std::fs::read_dir(&folder).context(|| format!("read {folder}"))? {
@@ -127,9 +136,23 @@ pub fn vcpu_threads(pid: u32) -> Result<Vec<u32>> {
         // A thread that has just ended is none of a vCPU.
         let name = std::fs::read_to_string(task.path().join("comm")).unwrap_or_default();
         let number: Option<u32> = task.file_name().to_str().and_then(|name| name.parse().ok());
-        threads.extend(number.filter(|_| is_vcpu(&name)));
+        let kind = match is_vcpu(&name) {
+            true => Kind::Vcpu,
+            false => Kind::Other,
+        };
+        threads.extend(number.map(|number| (number, kind)));
     }
     Ok(threads)
+}
+
+/// Those of them that run vCPUs.
+///
+/// # Errors
+/// When /proc can't be read.
+pub fn vcpu_threads(pid: u32) -> Result<Vec<u32>> {
+    let mut all = threads(pid)?;
+    all.retain(|(_, kind)| *kind == Kind::Vcpu);
+    Ok(all.into_iter().map(|(thread, _)| thread).collect())
 }
 
 fn vcpu_ns(pid: u32) -> Result<u64> {

@@ -3,6 +3,7 @@
 
 mod control;
 mod counters;
+pub mod placement;
 mod qemu;
 pub mod report;
 pub mod runc;
@@ -19,6 +20,7 @@ use bulkhead_tests::perf::{EmulateTracepoint, Sampler};
 use clap::ValueEnum;
 use control::Control;
 use counters::Counters;
+use placement::Placement;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -72,6 +74,8 @@ pub struct Room {
     pub limit: Duration,
     /// vCPUs of each guest.
     pub vcpus: u8,
+    /// Where the monitors' threads run; none if the scheduler decides.
+    pub placement: Option<Placement>,
 }
 
 impl Room {
@@ -89,6 +93,7 @@ impl Room {
             artifacts: artifacts.clone(),
             limit,
             vcpus,
+            placement: Placement::of_host(vcpus)?,
         })
     }
 }
@@ -166,6 +171,9 @@ impl Guest {
         if let Some(words) = guest.monitor.announce()? {
             let words: Vec<&str> = words.iter().map(String::as_str).collect();
             guest.call(&words)?;
+        }
+        if let Some(placement) = &room.placement {
+            placement.apply(guest.monitor.pid(), &guest.monitor.helpers())?;
         }
         Ok(guest)
     }

@@ -3,6 +3,7 @@
 
 mod link;
 
+use crate::guests::placement::{self, Placement};
 use crate::guests::report::{Figure, Report, Row, Sample, figure};
 use crate::guests::{
     Card, Counts, Devices, Guest, Room, Subject, Window, progress, runc, subjects,
@@ -276,7 +277,7 @@ pub fn measure(artifacts: &Artifacts, arguments: &Arguments) -> Result<()> {
         kvm: bench.room.kvm,
         figures: &FIGURES,
         rows: bench.rows,
-        notes: notes(arguments, bench.pairs),
+        notes: notes(arguments, bench.pairs, bench.room.placement.as_ref()),
         repeat: format!(
             "scripts/dev bench net --runs {} --vcpus {} --pairs {} --mib {}",
             arguments.runs, arguments.vcpus, bench.pairs, arguments.mib
@@ -476,7 +477,7 @@ fn sample(case: Case, all: &Ran, nothing: &Ran) -> Result<Sample> {
     Ok(sample)
 }
 
-fn notes(arguments: &Arguments, pairs: u8) -> Vec<String> {
+fn notes(arguments: &Arguments, pairs: u8, placement: Option<&Placement>) -> Vec<String> {
     vec![
         format!(
             "Both virtual machines: {} vCPU, {} MiB, the same guest kernel, root image and kernel \
@@ -497,6 +498,7 @@ fn notes(arguments: &Arguments, pairs: u8) -> Vec<String> {
          included as far as it runs on their behalf; it leaves out what a vCPU's thread does itself for an \
          exit, of which the number of exits tells."
             .to_owned(),
+        placement::note(placement),
         "runc: the same programs in a network namespace behind a pair of virtual devices, for a second \
          each, or 2,000 messages."
             .to_owned(),
