@@ -88,12 +88,16 @@ impl Room {
             std::fs::metadata(&file)
                 .context(|| format!("look at {} (scripts/dev bench makes it)", file.display()))?;
         }
+        let placement = Placement::of_host(vcpus)?;
+        if let Some(placement) = &placement {
+            placement.put_ourselves()?;
+        }
         Ok(Self {
             kvm: host::kvm_kind(artifacts)?,
             artifacts: artifacts.clone(),
             limit,
             vcpus,
-            placement: Placement::of_host(vcpus)?,
+            placement,
         })
     }
 }

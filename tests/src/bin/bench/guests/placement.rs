@@ -41,32 +41,57 @@ impl Placement {
         }))
     }
 
-    /// Puts the threads of a monitor and its helpers there; those that they start later follow.
+    /// Puts a monitor's threads and those of its helpers there; what they start later follows.
     ///
     /// # Errors
     /// When a thread that there is can't be moved.
     pub fn apply(&self, monitor: u32, helpers: &[u32]) -> Result<()> {
-        let mut processes = vec![monitor];
+        self.put(monitor)?;
         for helper in helpers {
-            processes.push(*helper);
-            processes.extend(descendants(*helper)?);
-        }
-        for process in processes {
-            for (thread, kind) in threads(process)? {
-                let cpus = match kind {
-                    Kind::Vcpu => &self.vcpus,
-                    Kind::Other => &self.others,
-                };
-                match sched_setaffinity(Pid::from_raw(thread as i32), cpus) {
-                    // It has ended meanwhile.
-                    Ok(()) | Err(Errno::ESRCH) => {}
-                    Err(error) => {
-                        return Err(error).context(|| format!("move thread {thread}"));
-                    }
-                }
+            self.put(*helper)?;
+            for child in descendants(*helper)? {
+                self.put(child)?;
             }
         }
         Ok(())
+    }
+
+    /// The same for a process that has no vCPUs, or none yet.
+    ///
+    /// # Errors
+    /// As [`Placement::apply`].
+    pub fn put(&self, process: u32) -> Result<()> {
+        for (thread, kind) in threads(process)? {
+            move_to(thread, self.cpus(kind))?;
+        }
+        Ok(())
+    }
+
+    /// Puts this process to the vCPUs: it looks a thousand times a second whether they are done, and
+    /// must not keep awake what waits for them.
+    ///
+    /// # Errors
+    /// As [`Placement::apply`].
+    pub fn put_ourselves(&self) -> Result<()> {
+        for (thread, _) in threads(std::process::id())? {
+            move_to(thread, self.cpus(Kind::Vcpu))?;
+        }
+        Ok(())
+    }
+
+    fn cpus(&self, kind: Kind) -> &CpuSet {
+        match kind {
+            Kind::Vcpu => &self.vcpus,
+            Kind::Other => &self.others,
+        }
+    }
+}
+
+fn move_to(thread: u32, cpus: &CpuSet) -> Result<()> {
+    match sched_setaffinity(Pid::from_raw(thread as i32), cpus) {
+        // It has ended meanwhile.
+        Ok(()) | Err(Errno::ESRCH) => Ok(()),
+        Err(error) => Err(error).context(|| format!("move thread {thread}")),
     }
 }
 
@@ -75,7 +100,7 @@ pub fn note(placement: Option<&Placement>) -> String {
     match placement {
         Some(_) => {
             "Threads: those that run vCPUs are kept off the host's last CPU, all others of a \
-             monitor's on it, with both monitors alike."
+             monitor's, and the server that a guest talks to, on it, with both monitors alike."
         }
         None => {
             "Threads: the host has no CPU to spare for what runs no vCPU, so where a thread runs \

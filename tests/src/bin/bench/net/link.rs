@@ -1,6 +1,7 @@
 //! The host's end of what is measured: a network namespace of the bench's own with a tap device for
 //! the guests, a pair of virtual devices for runc, and the servers.
 
+use crate::guests::placement::Placement;
 use bulkhead_tests::error::{Context, Error, Result};
 use bulkhead_tests::tap;
 use std::io::{Read, Write};
@@ -42,7 +43,7 @@ impl Link {
     ///
     /// # Errors
     /// When something of it fails.
-    pub fn new() -> Result<Self> {
+    pub fn new(placement: Option<&Placement>) -> Result<Self> {
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET)
             .context(|| "make a network namespace".into())?;
         ip("link set lo up")?;
@@ -64,6 +65,9 @@ impl Link {
             .spawn()
             .context(|| "start iperf3 (Debian's package has it)".into())?;
         let link = Self { iperf };
+        if let Some(placement) = placement {
+            placement.put(link.iperf.id())?;
+        }
         let end = Instant::now() + Duration::from_secs(20);
         while TcpStream::connect(("127.0.0.1", IPERF_PORT)).is_err() {
             if Instant::now() > end {
