@@ -142,6 +142,7 @@ pub struct Guest {
     monitor: Box<dyn Monitor>,
     counters: Counters,
     control: Control,
+    placement: Option<Placement>,
     limit: Duration,
     _folder: TempDir,
 }
@@ -169,15 +170,13 @@ impl Guest {
             monitor,
             counters,
             control,
+            placement: room.placement.clone(),
             limit: room.limit,
             _folder: folder,
         };
         if let Some(words) = guest.monitor.announce()? {
             let words: Vec<&str> = words.iter().map(String::as_str).collect();
             guest.call(&words)?;
-        }
-        if let Some(placement) = &room.placement {
-            placement.apply(guest.monitor.pid(), &guest.monitor.helpers())?;
         }
         Ok(guest)
     }
@@ -206,6 +205,11 @@ impl Guest {
         self.control.clear_marks()?;
         self.control.send(words)?;
         self.wait(end, |_| true, |_| Ok(()))?;
+        // By now the monitor has all its threads: before, they would take after the one that starts
+        // them.
+        if let Some(placement) = &self.placement {
+            placement.apply(self.monitor.pid(), &self.monitor.helpers())?;
+        }
         let mut windows = Windows::begin(&self.counters, self.monitor.pid(), period)?;
         let ended = |stage| stage != Stage::Begun;
         self.wait(end, ended, |guest| {

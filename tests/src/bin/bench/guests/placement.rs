@@ -13,6 +13,7 @@ use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 
 /// The CPUs of vCPUs, and those of all other threads.
+#[derive(Debug, Clone)]
 pub struct Placement {
     vcpus: CpuSet,
     others: CpuSet,
