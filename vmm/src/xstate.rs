@@ -218,12 +218,19 @@ impl Xstate {
         memory: &GuestMemoryMmap,
         request: XstateRequest,
     ) -> Result<(), XstateError> {
-        match request {
-            XstateRequest::Features(features) => self.set_features(vcpu, features),
-            XstateRequest::Save(address) => self.save(vcpu, memory, address),
-            XstateRequest::Load(address) => self.load(vcpu, memory, address),
-            XstateRequest::SaveThenLoad(address) => self.save_then_load(vcpu, memory, address),
-        }
+        let valid = self.valid(vcpu)?;
+        let size = self.layout.size(valid.features);
+        let area = match request {
+            XstateRequest::Features(features) => return self.set_features(vcpu, features),
+            XstateRequest::Save(address) => {
+                return write_area(memory, address, &registers(vcpu)?[..size]);
+            }
+            XstateRequest::Load(address) => read_area(memory, address, size)?,
+            XstateRequest::SaveThenLoad(address) => {
+                exchange(memory, address, &registers(vcpu)?[..size])?
+            }
+        };
+        set_registers(vcpu, made_valid(area, valid))
     }
 
     fn set_features(&mut self, vcpu: &VcpuFd, features: u64) -> Result<(), XstateError> {
@@ -258,40 +265,6 @@ impl Xstate {
         };
         self.valid = Some(valid);
         Ok(valid)
-    }
-
-    fn save(
-        &mut self,
-        vcpu: &VcpuFd,
-        memory: &GuestMemoryMmap,
-        address: u64,
-    ) -> Result<(), XstateError> {
-        let valid = self.valid(vcpu)?;
-        let size = self.layout.size(valid.features);
-        write_area(memory, address, &registers(vcpu)?[..size])
-    }
-
-    fn load(
-        &mut self,
-        vcpu: &VcpuFd,
-        memory: &GuestMemoryMmap,
-        address: u64,
-    ) -> Result<(), XstateError> {
-        let valid = self.valid(vcpu)?;
-        let size = self.layout.size(valid.features);
-        set_registers(vcpu, made_valid(read_area(memory, address, size)?, valid))
-    }
-
-    fn save_then_load(
-        &mut self,
-        vcpu: &VcpuFd,
-        memory: &GuestMemoryMmap,
-        address: u64,
-    ) -> Result<(), XstateError> {
-        let valid = self.valid(vcpu)?;
-        let size = self.layout.size(valid.features);
-        let area = exchange(memory, address, &registers(vcpu)?[..size])?;
-        set_registers(vcpu, made_valid(area, valid))
     }
 }
 

@@ -57,7 +57,7 @@ impl Placement {
         Ok(())
     }
 
-    /// The same for a process that has no vCPUs, or none yet.
+    /// The same for a single process.
     ///
     /// # Errors
     /// As [`Placement::apply`].
